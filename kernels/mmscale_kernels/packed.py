@@ -1,0 +1,598 @@
+"""Attention over one packed buffer: the operator that a trunk runs in every layer.
+
+All tokens of a batch lie in one buffer of T columns, cut into segments: one for each modality, valid tokens first and
+padding last in each, and perhaps a causal one (the target of generation) at the end::
+
+    qkv = project(x).view(B, T, num_heads + 2 * num_kv_heads, D)
+    out = packed_attention(qkv, num_heads=8, offsets=(0, 50), lengths=lengths, causal=(False, True))
+
+The queries, keys and values are read where they lie, and the backward pass writes one gradient buffer for all of them. `cross_modal_attention` is
+the same mathematics for tensors that live apart; its price inside a trunk would be a gradient buffer for every slice.
+
+The trade-off: the layout is rigid. Every sample has the same segment starts, and what a segment sees is decided by
+its place in the table, not by a mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmscale_kernels import tiled_attention as tiled
+from mmscale_kernels.dispatch import Decision, choose, register_decision
+
+# Finite, so that softmax over nothing but padding is a number; such rows are zeroed afterwards.
+_MASKED = -1e30
+# Elements of an additive mask that the flash form may hold for a moment.
+_MASK_BUDGET = 1 << 22
+# Up to here one flash call with a (T, T) mask beats a call for the prefix and one for the causal segment.
+_FEW_COLUMNS = 128
+
+
+def packed_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend within a packed buffer; see the module's docstring for the layout.
+
+    qkv: (B, T, num_heads + 2 * num_kv_heads, D), heads in the order query, key, value; fp64, fp32, bf16 or fp16;
+        unit stride in D, any strides otherwise. num_kv_heads follows from the shape and divides num_heads. What padding holds has to be finite.
+    offsets: first column of each of the S segments, ascending from 0; a segment ends where the next one begins.
+    lengths: (B, S) int32 or int64, valid tokens of each segment; 0 is allowed. On a device they are clamped.
+    causal: S bools, all False but perhaps the last. Queries of a non-causal segment see the valid keys of all non-causal segments;
+        queries of the causal one see those and, causally, their own segment.
+    gates: (S, H) or (B, S, H), added to every logit of the keys of a segment (the log weight of a modality); differentiable.
+    scale: factor of the logits, D ** -0.5 by default.
+
+    Returns (B, T, H, D), contiguous, of qkv's dtype. Rows past a segment's length, and queries that see no valid key, are 0 and get gradient 0. Softmax and sums
+    are fp32 (fp64 for fp64). Deterministic, forward and backward. Raises ValueError on bad input.
+    """
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    offsets, causal = tuple(offsets), tuple(causal)
+    if backend == "reference":
+        _check(qkv, num_heads, offsets, lengths, causal, gates)
+        return _reference(qkv, num_heads, offsets, lengths, causal, gates, scale)
+    return _packed(qkv, num_heads, offsets, lengths, causal, gates, scale, backend or "")[0]
+
+
+def _decide(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Decision:
+    _check(qkv, num_heads, tuple(offsets), lengths, tuple(causal), gates)
+    return _choose(qkv, backend)
+
+
+def _choose(qkv: Tensor, backend: str | None) -> Decision:
+    return choose("packed_attention", backend, qkv.device, tiled.triton_refusal(qkv))
+
+
+register_decision(packed_attention, _decide)
+
+
+@torch.library.custom_op("mmscale_kernels::packed_attention", mutates_args=())
+def _packed(
+    qkv: Tensor,
+    num_heads: int,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, T, H, D) and the log-sum-exp (B, T, H), +inf for rows of padding."""
+    _check(qkv, num_heads, offsets, lengths, causal, gates)
+    chosen = _choose(qkv, backend or None).backend
+    batch, columns, _, width = qkv.shape
+    dtype = tiled.compute_dtype(qkv)
+    if qkv.numel() == 0:
+        return qkv.new_empty(batch, columns, num_heads, width), qkv.new_empty(
+            batch, columns, num_heads, dtype=dtype
+        )
+    table = _table(offsets, causal, columns, qkv.device)
+    if chosen == "triton":
+        return _triton_forward(qkv, num_heads, table, lengths, gates, scale)
+    valid = table.valid(lengths)
+    if _use_flash(qkv, gates):
+        calls = list(_flash_calls(qkv, num_heads, table, valid))
+        results = [
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                call.query, call.key, call.value, 0.0, call.is_causal, attn_mask=call.mask, scale=scale
+            )
+            for call in calls
+        ]
+        if len(calls) == 1:
+            out, lse = (x.transpose(1, 2).contiguous() for x in results[0])
+        else:
+            out = qkv.new_empty(batch, columns, num_heads, width)
+            lse = qkv.new_empty(batch, columns, num_heads, dtype=dtype)
+            for call, (part, log) in zip(calls, results, strict=True):
+                out[:, call.rows, call.heads] = part.transpose(1, 2)
+                lse[:, call.rows, call.heads] = log.transpose(1, 2)
+    else:
+        out = qkv.new_empty(batch, columns, num_heads, width)
+        lse = qkv.new_empty(batch, columns, num_heads, dtype=dtype)
+        bias = _gate_bias(gates, table)
+        for rows, query, sources, _ in _tiled_calls(qkv, num_heads, table, valid, bias):
+            logs = lse.new_empty(*query.shape[:3], len(sources))
+            tiled.attend(query, sources, scale=scale, out=out[:, rows], lse=logs)
+            lse[:, rows] = logs.logsumexp(-1)
+    if valid is not None:
+        padding = (~valid).flatten().nonzero().squeeze(1)
+        out.view(batch * columns, -1).index_fill_(0, padding, 0.0)
+        # exp(logit - inf) is 0: whatever gradient arrives at padding goes no further
+        lse.view(batch * columns, -1).index_fill_(0, padding, math.inf)
+    return out, lse
+
+
+@_packed.register_fake
+def _(
+    qkv: Tensor,
+    num_heads: int,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    batch, columns, _, width = qkv.shape
+    out = qkv.new_empty(batch, columns, num_heads, width)
+    return out, qkv.new_empty(batch, columns, num_heads, dtype=tiled.compute_dtype(qkv))
+
+
+@torch.library.custom_op("mmscale_kernels::packed_attention_backward", mutates_args=())
+def _packed_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of qkv and gates (empty without gates)."""
+    num_kv_heads = (qkv.shape[2] - num_heads) // 2
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    grad_gates = qkv.new_empty(0) if gates is None else torch.zeros_like(gates)
+    if qkv.numel() == 0:
+        return grad_qkv, grad_gates
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    table = _table(offsets, causal, qkv.shape[1], qkv.device)
+    if _choose(qkv, backend or None).backend == "triton":
+        by_column = _triton_backward(grad_out, qkv, out, lse, num_heads, table, lengths, gates, scale, grad_qkv)
+        if gates is not None and by_column is not None:
+            if gates.dim() == 2:
+                by_column = by_column.sum(0, keepdim=True)
+            grad_gates = _reduce_columns(by_column, table, gates)
+        return grad_qkv, grad_gates
+    valid = table.valid(lengths)
+    calls = list(_flash_calls(qkv, num_heads, table, valid)) if _use_flash(qkv, gates) else None
+    # Several contributions to a key are summed in the compute dtype.
+    sums = grad_qkv[:, :, num_heads:]
+    if calls is None or len(calls) > 1:
+        sums = torch.zeros(sums.shape, dtype=tiled.compute_dtype(qkv), device=qkv.device)
+    if calls is not None:
+        for call in calls:
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out[:, call.rows, call.heads].transpose(1, 2),
+                call.query,
+                call.key,
+                call.value,
+                out[:, call.rows, call.heads].transpose(1, 2),
+                lse[:, call.rows, call.heads].transpose(1, 2),
+                0.0,
+                call.is_causal,
+                attn_mask=call.mask,
+                scale=scale,
+            )
+            grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)
+            grad_qkv[:, call.rows, call.heads] = grad_query
+            if len(calls) == 1:
+                sums[:, :, :num_kv_heads] = grad_key
+                sums[:, :, num_kv_heads:] = grad_value
+            else:
+                stop = call.key.shape[2]
+                sums[:, :stop, :num_kv_heads] += grad_key
+                sums[:, :stop, num_kv_heads:] += grad_value
+    else:
+        bias = _gate_bias(gates, table)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sums.dtype)
+        for rows, query, sources, spans in _tiled_calls(qkv, num_heads, table, valid, bias):
+            tiled.attend_backward(
+                grad_out[:, rows],
+                query,
+                sources,
+                scale=scale,
+                out=out[:, rows],
+                lse=lse[:, rows],
+                grad_query=grad_qkv[:, rows, :num_heads],
+                grad_sources=[
+                    tiled.SourceGradients(
+                        key=sums[:, span, :num_kv_heads],
+                        value=sums[:, span, num_kv_heads:],
+                        bias=None if grad_bias is None else grad_bias[..., span],
+                    )
+                    for span in spans
+                ],
+            )
+        if gates is not None and grad_bias is not None:
+            grad_gates = _reduce_columns(grad_bias[:, :, 0], table, gates)
+    if sums.data_ptr() != grad_qkv[:, :, num_heads:].data_ptr():
+        grad_qkv[:, :, num_heads:] = sums
+    return grad_qkv, grad_gates
+
+
+@_packed_backward.register_fake
+def _(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    return grad_qkv, qkv.new_empty(0) if gates is None else torch.zeros_like(gates)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    qkv, num_heads, offsets, lengths, causal, gates, scale, backend = inputs
+    ctx.save_for_backward(qkv, lengths, gates, *output)
+    ctx.table = (num_heads, offsets, causal, scale, backend)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    qkv, lengths, gates, out, lse = ctx.saved_tensors
+    num_heads, offsets, causal, scale, backend = ctx.table
+    if grad_out is None:
+        return (None,) * 8
+    grad_qkv, grad_gates = _packed_backward(
+        grad_out, qkv, out, lse, num_heads, offsets, lengths, causal, gates, scale, backend
+    )
+    return grad_qkv, None, None, None, None, None if gates is None else grad_gates, None, None
+
+
+_packed.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _use_flash(qkv: Tensor, gates: Tensor | None) -> bool:
+    # aten's flash kernel for the CPU reads strided views in place, but has no gradient for a gate
+    return qkv.device.type == "cpu" and gates is None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What follows from the segment table alone."""
+
+    widths: list[int]
+    prefix: int  # the column at which the non-causal segments end
+    segment: Tensor  # (T,) the segment of a column
+    step: Tensor  # (T,) the place of a column in its segment
+    starts: Tensor  # (S,) int32
+    full: Tensor  # (S,) widths
+    ahead: Tensor | None  # (1, 1, T, T) additive, for few columns: 0 where a query's segment and causality let it see a key
+
+    def valid(self, lengths: Tensor) -> Tensor | None:
+        """Return which columns hold tokens, (B, T) bool; None if all do, which costs no wait on the CPU alone."""
+        if lengths.device.type == "cpu" and torch.equal(lengths, self.full.to(lengths.dtype).expand_as(lengths)):
+            return None
+        return self.step < lengths[:, self.segment]
+
+    def ranges(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first and one past the last valid column of each segment, (B, S) int32, whatever lengths holds."""
+        begin = self.starts.expand(lengths.shape).contiguous()
+        return begin, begin + torch.minimum(lengths, self.full).to(torch.int32)
+
+
+def _table(offsets: Sequence[int], causal: Sequence[bool], columns: int, device: torch.device) -> _Table:
+    return _cached_table(tuple(offsets), bool(causal[-1]), columns, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_table(offsets: tuple[int, ...], causal: bool, columns: int, device: torch.device) -> _Table:
+    full = torch.tensor([*offsets[1:], columns]) - torch.tensor(offsets)
+    segment = torch.repeat_interleave(torch.arange(len(offsets)), full)
+    column = torch.arange(columns)
+    step = column - torch.tensor(offsets)[segment]
+    prefix = offsets[-1] if causal else columns
+    starts = torch.tensor(offsets, dtype=torch.int32)
+    ahead = None
+    if device.type == "cpu" and 0 < prefix < columns <= _FEW_COLUMNS:
+        hidden = (column >= prefix) & (column > column[:, None])
+        ahead = torch.zeros(1, 1, columns, columns).masked_fill_(hidden, _MASKED)
+    return _Table(full.tolist(), prefix, segment.to(device), step.to(device), starts.to(device), full.to(device), ahead)
+
+
+def _gate_bias(gates: Tensor | None, table: _Table) -> Tensor | None:
+    """Spread gates (S, H) or (B, S, H) over their columns: (1 or B, H, 1, T)."""
+    if gates is None:
+        return None
+    spread = gates if gates.dim() == 3 else gates[None]
+    return spread[:, table.segment].transpose(1, 2).unsqueeze(2)
+
+
+def _reduce_columns(by_column: Tensor, table: _Table, gates: Tensor) -> Tensor:
+    """Sum (1 or B, H, T) over the columns of each segment, into the shape and dtype of gates."""
+    by_segment = [part.sum(-1) for part in by_column.split(table.widths, dim=-1)]
+    return torch.stack(by_segment, 1).view(gates.shape).to(gates.dtype)
+
+
+class _FlashCall(NamedTuple):
+    query: Tensor  # (B, H / group, rows, D); key and value (B, Hkv, keys, D): views
+    key: Tensor
+    value: Tensor
+    rows: slice
+    heads: slice
+    mask: Tensor | None
+    is_causal: bool
+
+
+def _flash_calls(qkv: Tensor, num_heads: int, table: _Table, valid: Tensor | None) -> Iterator[_FlashCall]:
+    """Yield the calls of the flash kernel which together cover every visible (query, key) pair once.
+
+    Grouped queries take one call for each member of a group, so that keys are never copied.
+    """
+    batch, columns, heads, _ = qkv.shape
+    num_kv_heads = (heads - num_heads) // 2
+    group = num_heads // num_kv_heads
+    prefix = table.prefix
+    dtype = tiled.compute_dtype(qkv)
+    padding = None
+    if valid is not None and prefix:
+        padding = torch.where(valid[:, None, None], 0.0, _MASKED).to(dtype)
+
+    spans: list[tuple[slice, int, Tensor | None, bool]] = []
+    if prefix == columns:
+        spans.append((slice(0, columns), columns, padding, False))
+    elif prefix == 0:
+        # padding lies behind the queries that matter, so causality alone hides it
+        spans.append((slice(0, columns), columns, None, True))
+    elif table.ahead is not None:
+        mask = table.ahead.to(dtype) if padding is None else padding + table.ahead
+        spans.append((slice(0, columns), columns, mask, False))
+    else:
+        before = None if padding is None else padding[..., :prefix]
+        spans.append((slice(0, prefix), prefix, before, False))
+        step = max(32, _MASK_BUDGET // (batch * columns))
+        for start in range(prefix, columns, step):
+            stop = min(columns, start + step)
+            samples = 1 if before is None else batch
+            mask = torch.zeros(samples, 1, stop - start, stop, dtype=dtype)
+            if before is not None:
+                mask[..., :prefix] = before
+            mask[..., start:] = torch.full((stop - start, stop - start), _MASKED, dtype=dtype).triu_(1)
+            spans.append((slice(start, stop), stop, mask, False))
+    for rows, stop, mask, is_causal in spans:
+        key = qkv[:, :stop, num_heads : num_heads + num_kv_heads].transpose(1, 2)
+        value = qkv[:, :stop, num_heads + num_kv_heads :].transpose(1, 2)
+        for member in range(group):
+            members = slice(member, num_heads, group)
+            query = qkv[:, rows, members].transpose(1, 2)
+            yield _FlashCall(query, key, value, rows, members, mask, is_causal)
+
+
+def _tiled_calls(
+    qkv: Tensor, num_heads: int, table: _Table, valid: Tensor | None, bias: Tensor | None
+) -> Iterator[tuple[slice, Tensor, list[tiled.KeySource], list[slice]]]:
+    """Yield (rows, query, sources, their columns) for the prefix and for the causal segment."""
+    columns, heads = qkv.shape[1:3]
+    num_kv_heads = (heads - num_heads) // 2
+
+    def source(span: slice, diagonal: int | None) -> tiled.KeySource:
+        return tiled.KeySource(
+            key=qkv[:, span, num_heads : num_heads + num_kv_heads],
+            value=qkv[:, span, num_heads + num_kv_heads :],
+            valid=None if valid is None else valid[:, span],
+            bias=None if bias is None else bias[..., span],
+            diagonal=diagonal,
+        )
+
+    prefix, own = slice(0, table.prefix), slice(table.prefix, columns)
+    before = [source(prefix, None)] if table.prefix else []
+    if table.prefix:
+        yield prefix, qkv[:, prefix, :num_heads], before, [prefix]
+    if table.prefix < columns:
+        spans = [prefix, own] if table.prefix else [own]
+        yield own, qkv[:, own, :num_heads], [*before, source(own, 0)], spans
+
+
+def _triton_forward(
+    qkv: Tensor, num_heads: int, table: _Table, lengths: Tensor, gates: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    from mmscale_kernels import triton_attention
+
+    query, key, value = _views(qkv, num_heads)
+    out = torch.empty(query.shape, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=qkv.device)
+    begin, end = table.ranges(lengths)
+    ranges = triton_attention.Ranges(begin, end)
+    triton_attention.attend(
+        query,
+        key,
+        value,
+        queries=ranges,
+        keys=ranges,
+        scale=scale,
+        causal_from=table.prefix if table.prefix < qkv.shape[1] else None,
+        shift=0,
+        gates=_gates_by_sample(gates),
+        out=out,
+        lse=lse,
+    )
+    return out, lse
+
+
+def _triton_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    table: _Table,
+    lengths: Tensor,
+    gates: Tensor | None,
+    scale: float,
+    grad_qkv: Tensor,
+) -> Tensor | None:
+    from mmscale_kernels import triton_attention
+
+    query, key, value = _views(qkv, num_heads)
+    grad_query, grad_key, grad_value = _views(grad_qkv, num_heads)
+    begin, end = table.ranges(lengths)
+    ranges = triton_attention.Ranges(begin, end)
+    return triton_attention.attend_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        queries=ranges,
+        keys=ranges,
+        scale=scale,
+        causal_from=table.prefix if table.prefix < qkv.shape[1] else None,
+        shift=0,
+        gates=_gates_by_sample(gates),
+        out=out,
+        lse=lse,
+        grad_query=grad_query,
+        grad_key=grad_key,
+        grad_value=grad_value,
+    )
+
+
+def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_kv_heads = (qkv.shape[2] - num_heads) // 2
+    query, key, value = qkv.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    return query, key, value
+
+
+def _gates_by_sample(gates: Tensor | None) -> Tensor | None:
+    return None if gates is None else (gates if gates.dim() == 3 else gates[None]).contiguous()
+
+
+def _reference(
+    qkv: Tensor,
+    num_heads: int,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Dense attention with the mask written out, differentiated by autograd."""
+    columns = qkv.shape[1]
+    num_kv_heads = (qkv.shape[2] - num_heads) // 2
+    wide = qkv.to(tiled.compute_dtype(qkv))
+    starts = torch.tensor(offsets, device=qkv.device)
+    column = torch.arange(columns, device=qkv.device)
+    segment = torch.searchsorted(starts, column, right=True) - 1
+    valid = column - starts[segment] < lengths[:, segment]
+    wide = wide.masked_fill(~valid[:, :, None, None], 0.0)
+    query, key, value = wide.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    key, value = (x.repeat_interleave(num_heads // num_kv_heads, dim=2) for x in (key, value))
+    is_causal = torch.tensor(causal, device=qkv.device)[segment]
+    sees = ~is_causal | (is_causal[:, None] & (column <= column[:, None]))
+    sees = (sees & valid[:, None, :] & valid[:, :, None])[:, None]
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
+    if gates is not None:
+        logits = logits + gates[..., segment, :].transpose(-1, -2).unsqueeze(-2)
+    sees = sees & (logits > -math.inf)
+    # A finite fill keeps the gradient of a row that sees nothing 0 instead of NaN.
+    logits = logits.masked_fill(~sees, torch.finfo(logits.dtype).min)
+    probability = logits.softmax(-1).masked_fill(~sees, 0.0)
+    return torch.einsum("bhqk,bkhd->bqhd", probability, value).to(qkv.dtype)
+
+
+def _check(
+    qkv: Tensor,
+    num_heads: int,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None,
+) -> None:
+    """Raise ValueError naming the first argument that can't be used."""
+    if qkv.dim() != 4:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}; it needs to be (B, T, num_heads + 2 * num_kv_heads, D)"
+        )
+    if qkv.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"qkv has dtype {qkv.dtype}; it needs float64, float32, bfloat16 or float16")
+    batch, columns, heads, width = qkv.shape
+    if width == 0 or (qkv.stride(-1) != 1 and width > 1):
+        raise ValueError(
+            f"qkv has strides {qkv.stride()} for shape {tuple(qkv.shape)}; it needs D >= 1 with stride 1"
+        )
+    num_kv_heads, odd = divmod(heads - num_heads, 2)
+    if num_heads < 1 or odd or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads is {num_heads} and qkv has {heads} heads; it needs to have "
+            "num_heads + 2 * num_kv_heads, where num_kv_heads divides num_heads"
+        )
+    ordered = all(start < stop for start, stop in zip(offsets, [*offsets[1:], columns], strict=True))
+    if len(offsets) == 0 or offsets[0] != 0 or (not ordered and columns > 0):
+        raise ValueError(
+            f"offsets is {tuple(offsets)}; it needs to ascend from 0 and stay below T = {columns}"
+        )
+    if len(causal) != len(offsets) or any(causal[:-1]):
+        raise ValueError(
+            f"causal is {tuple(causal)}; it needs {len(offsets)} bools, one for each segment, "
+            "of which at most the last is True"
+        )
+    if lengths.shape != (batch, len(offsets)) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
+            f"it needs ({batch}, {len(offsets)}), int32 or int64"
+        )
+    if lengths.device != qkv.device:
+        raise ValueError(f"lengths lies on {lengths.device}; it needs qkv's device, {qkv.device}")
+    if lengths.device.type == "cpu" and lengths.numel():
+        widths = [stop - start for start, stop in zip(offsets, [*offsets[1:], columns], strict=True)]
+        low, high = lengths.aminmax(dim=0)
+        if min(low.tolist()) < 0 or any(n > width for n, width in zip(high.tolist(), widths, strict=True)):
+            raise ValueError(
+                f"lengths lie in {low.tolist()} .. {high.tolist()}, by segment; they need to lie in "
+                f"0 .. the segment's width, here {widths}"
+            )
+    if gates is not None:
+        shape = (len(offsets), num_heads)
+        if gates.shape not in (shape, (batch, *shape)) or not gates.is_floating_point():
+            raise ValueError(
+                f"gates has shape {tuple(gates.shape)} and dtype {gates.dtype}; "
+                f"it needs {shape} or {(batch, *shape)} of a floating dtype"
+            )
+        if gates.device != qkv.device:
+            raise ValueError(f"gates lies on {gates.device}; it needs qkv's device, {qkv.device}")

@@ -1,0 +1,301 @@
+"""The contrastive losses on one block of rows and columns, in plain PyTorch, tile by tile.
+
+What the forms of a loss have in common is here (`Targets`, `Statistics`); `triton_losses` has the same
+functions as kernels, and `losses` adds blocks and ranks up. A tile is small enough to stay in a cache, so
+that going over it several times is cheap; nothing larger is ever held, and a batch of one tile costs what the
+dense loss does: its exponentials are kept from the first pass to the second.
+
+Numbers: products and tiles in fp32 (fp64 for fp64 inputs) whatever the inputs are, vectors that are as long
+as the batch in fp64. Maxima are true running maxima, and where they are subtracted the rounding of the
+log-sum-exp is put back as a factor, so that neither a large scale nor unnormalised rows cost accuracy.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of a tile: of some sizes tried on a CPU the fastest at N = 4096 to 16384, and large enough for the
+# batches of small runs to be one tile. A device wants larger products.
+_CPU_TILE = (1024, 1024)
+_DEVICE_TILE = (4096, 4096)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a loss wants of the logits between n rows and m columns: vectors and never a matrix.
+
+    row_weight (n,), column_weight (m,): factors of the rows' and the columns' losses; columns are None for a
+    loss over rows only. row_share, column_share: factors of one positive's logit in its row's and its
+    column's loss.
+    row_smooth, column_smooth: the same for every logit, None without label smoothing. All of them fp64.
+    row_labels (n,), column_labels (m,): equal labels are positives. Without labels the diagonal is: row i is
+    paired with column i + diagonal, which need not lie in this block.
+    """
+
+    row_weight: Tensor
+    column_weight: Tensor | None = None
+    row_share: Tensor | None = None
+    column_share: Tensor | None = None
+    row_smooth: Tensor | None = None
+    column_smooth: Tensor | None = None
+    row_labels: Tensor | None = None
+    column_labels: Tensor | None = None
+    diagonal: int = 0
+
+    def columns(self, start: int, stop: int) -> "Targets":
+        """The same for columns start .. stop - 1 alone."""
+
+        def cut(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else vector[start:stop]
+
+        return Targets(
+            self.row_weight,
+            cut(self.column_weight),
+            self.row_share,
+            cut(self.column_share),
+            self.row_smooth,
+            cut(self.column_smooth),
+            self.row_labels,
+            cut(self.column_labels),
+            self.diagonal - start,
+        )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """First pass over a block: log-sum-exp of each row (n,) and column (m,), sum of the targets' logits;
+    fp64.
+
+    kept: exponentials and maxima of rows and columns, if the block was one tile and they are wanted again.
+    """
+
+    row_lse: Tensor
+    column_lse: Tensor
+    positive: Tensor
+    kept: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products and tiles are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """What sums over the batch are kept in."""
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's devices have no fp64
+
+
+def _tiles(num_rows: int, num_columns: int, device: torch.device) -> tuple[list[slice], list[slice]]:
+    height, width = _CPU_TILE if device.type == "cpu" else _DEVICE_TILE
+    if num_rows * num_columns <= height * width:
+        height, width = num_rows, num_columns
+    return _cut(num_rows, height), _cut(num_columns, width)
+
+
+def _cut(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)] if length else []
+
+
+def _positives(targets: Targets, rows: slice, columns: slice) -> tuple[Tensor | None, slice, slice]:
+    """Where the positives of a tile are: a mask of them, or else the rows and columns of its part of the
+    diagonal."""
+    if targets.row_labels is not None:
+        assert targets.column_labels is not None
+        return targets.row_labels[rows, None] == targets.column_labels[columns], rows, columns
+    first = max(rows.start, columns.start - targets.diagonal)
+    last = max(first, min(rows.stop, columns.stop - targets.diagonal))
+    return None, slice(first, last), slice(first + targets.diagonal, last + targets.diagonal)
+
+
+def _diagonal(tile: Tensor, rows: slice, columns: slice, on_rows: slice, on_columns: slice) -> Tensor:
+    """View of the part of the diagonal in `tile` that `_positives` found."""
+    part = tile[on_rows.start - rows.start : on_rows.stop - rows.start]
+    return part[:, on_columns.start - columns.start : on_columns.stop - columns.start].diagonal()
+
+
+def _products(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    dx: Tensor | None,
+    dy: Tensor | None,
+) -> Tensor:
+    """Add grad @ y to dx and grad.T @ x to dy, where they are wanted; the sum of grad * (x @ y.T), fp64."""
+    exact = exact_dtype(x.device)
+    scale_grad = None
+    if dx is not None or dy is None:
+        change = grad @ y
+        # Summed from the product, this is a pass over n x D numbers and not over n x m.
+        scale_grad = (change * x).sum(dtype=exact)
+        if dx is not None:
+            dx.add_(change)
+    if dy is not None:
+        change = grad.T @ x
+        if scale_grad is None:
+            scale_grad = (change * y).sum(dtype=exact)
+        dy.add_(change)
+    assert scale_grad is not None
+    return scale_grad
+
+
+def statistics(x: Tensor, y: Tensor, scale: Tensor, targets: Targets, *, keep: bool) -> Statistics:
+    """First pass of the contrastive loss over the logits scale * x @ y.T of x (n, D) and y (m, D)."""
+    dtype, exact = compute_dtype(x.dtype), exact_dtype(x.device)
+    rows_of, columns_of = _tiles(len(x), len(y), x.device)
+    keep = keep and len(rows_of) == len(columns_of) == 1
+    row_lse = torch.full((len(x),), -torch.inf, dtype=exact, device=x.device)
+    column_lse = torch.full((len(y),), -torch.inf, dtype=exact, device=x.device)
+    positive = torch.zeros((), dtype=exact, device=x.device)
+    kept = None
+    for rows in rows_of:
+        scaled = x[rows].to(dtype) * scale
+        for columns in columns_of:
+            logits = scaled @ y[columns].to(dtype).T
+            positive += _positive_sum(logits, targets, rows, columns)
+            row_max, column_max = logits.amax(1), logits.amax(0)
+            by_column = (logits - column_max).exp_()
+            by_row = logits.sub_(row_max[:, None]).exp_()
+            for lse, top, total, part in (
+                (row_lse, row_max, by_row.sum(1), rows),
+                (column_lse, column_max, by_column.sum(0), columns),
+            ):
+                lse[part] = torch.logaddexp(lse[part], total.to(exact).log_().add_(top))
+            if keep:
+                kept = (by_row, row_max, by_column, column_max)
+    return Statistics(row_lse, column_lse, positive, kept)
+
+
+def _positive_sum(logits: Tensor, targets: Targets, rows: slice, columns: slice) -> Tensor:
+    assert targets.row_share is not None
+    assert targets.column_share is not None
+    exact = targets.row_share.dtype
+    mask, on_rows, on_columns = _positives(targets, rows, columns)
+    if mask is None:
+        share = targets.row_share[on_rows] + targets.column_share[on_columns]
+        result = _diagonal(logits, rows, columns, on_rows, on_columns).to(exact) @ share
+    else:
+        masked = logits * mask
+        result = masked.sum(1, dtype=exact) @ targets.row_share[rows]
+        result += masked.sum(0, dtype=exact) @ targets.column_share[columns]
+    if targets.row_smooth is not None and targets.column_smooth is not None:
+        result += logits.sum(1, dtype=exact) @ targets.row_smooth[rows]
+        result += logits.sum(0, dtype=exact) @ targets.column_smooth[columns]
+    return result
+
+
+def gradients(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    targets: Targets,
+    found: Statistics,
+    *,
+    dx: Tensor | None,
+    dy: Tensor | None,
+) -> Tensor:
+    """Second pass of the contrastive loss, with the log-sum-exps of whole rows and columns over all blocks.
+
+    Adds the gradients of x and y, each divided by the scale, to dx (n, D) and dy (m, D), either None if not
+    wanted. Returns the gradient of the scale, a 0-d fp64 tensor.
+    """
+    dtype, exact = compute_dtype(x.dtype), exact_dtype(x.device)
+    assert targets.row_share is not None
+    assert targets.column_share is not None
+    assert targets.column_weight is not None
+    rows_of, columns_of = _tiles(len(x), len(y), x.device)
+    if found.kept is None:
+        row_shift, column_shift = found.row_lse.to(dtype), found.column_lse.to(dtype)
+    else:
+        _, row_shift, _, column_shift = found.kept
+    # What the shift lacks of the log-sum-exp goes into the factor: exp(l - lse) = exp(l - shift) exp(shift -
+    # lse).
+    row_factor = (targets.row_weight * (row_shift - found.row_lse).exp_()).to(dtype)
+    column_factor = (targets.column_weight * (column_shift - found.column_lse).exp_()).to(dtype)
+    row_share, column_share = targets.row_share.to(dtype), targets.column_share.to(dtype)
+    scale_grad = torch.zeros((), dtype=exact, device=x.device)
+    for rows in rows_of:
+        x_rows = x[rows].to(dtype)
+        scaled = None if found.kept else x_rows * scale
+        for columns in columns_of:
+            y_columns = y[columns].to(dtype)
+            if scaled is None:
+                assert found.kept is not None
+                by_row, _, by_column, _ = found.kept
+            else:
+                logits = scaled @ y_columns.T
+                by_column = (logits - column_shift[columns]).exp_()
+                by_row = logits.sub_(row_shift[rows, None]).exp_()
+            grad = by_row.mul_(row_factor[rows, None]).addcmul_(by_column, column_factor[columns])
+            mask, on_rows, on_columns = _positives(targets, rows, columns)
+            if mask is None:
+                share = row_share[on_rows] + column_share[on_columns]
+                _diagonal(grad, rows, columns, on_rows, on_columns).sub_(share)
+            else:
+                grad.addcmul_(mask, row_share[rows, None] + column_share[columns], value=-1)
+            if targets.row_smooth is not None and targets.column_smooth is not None:
+                grad.sub_(targets.row_smooth[rows, None].to(dtype) + targets.column_smooth[columns].to(dtype))
+            scale_grad += _products(
+                grad,
+                x_rows,
+                y_columns,
+                None if dx is None else dx[rows],
+                None if dy is None else dy[columns],
+            )
+    return scale_grad
+
+
+def sigmoid(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    targets: Targets,
+    *,
+    dx: Tensor | None,
+    dy: Tensor | None,
+    want_gradients: bool,
+) -> Tensor:
+    """The sigmoid loss of a block, in one pass: its value and the gradients of scale and bias, (3,) fp64.
+
+    Adds the gradients of x and y, each divided by the scale, to dx (n, D) and dy (m, D), either None if not
+    wanted. Without want_gradients the value alone is computed, and the rest is 0.
+    """
+    dtype, exact = compute_dtype(x.dtype), exact_dtype(x.device)
+    rows_of, columns_of = _tiles(len(x), len(y), x.device)
+    weight = targets.row_weight.to(dtype)
+    result = torch.zeros(3, dtype=exact, device=x.device)
+    for rows in rows_of:
+        x_rows = x[rows].to(dtype)
+        scaled = x_rows * scale
+        for columns in columns_of:
+            y_columns = y[columns].to(dtype)
+            logits = (scaled @ y_columns.T).add_(bias)
+            mask, on_rows, on_columns = _positives(targets, rows, columns)
+            _negate(logits, mask, rows, columns, on_rows, on_columns)
+            # Beyond the threshold softplus is the identity: exp(-40) is less than half a unit of fp64 at 40.
+            result[0] += F.softplus(logits, threshold=40).sum(1, dtype=exact) @ targets.row_weight[rows]
+            if not want_gradients:
+                continue
+            grad = logits.sigmoid_().mul_(weight[rows, None])
+            _negate(grad, mask, rows, columns, on_rows, on_columns)
+            result[1] += _products(
+                grad,
+                x_rows,
+                y_columns,
+                None if dx is None else dx[rows],
+                None if dy is None else dy[columns],
+            )
+            result[2] += grad.sum(dtype=exact)
+    return result
+
+
+def _negate(
+    tile: Tensor, mask: Tensor | None, rows: slice, columns: slice, on_rows: slice, on_columns: slice
+) -> None:
+    """Flip the sign of a tile's positives in place."""
+    if mask is None:
+        _diagonal(tile, rows, columns, on_rows, on_columns).neg_()
+    else:
+        torch.where(mask, -tile, tile, out=tile)

@@ -1,0 +1,208 @@
+"""The command line: each verb a plain function, nothing else.
+
+Exit codes: 0 done; 1 failed; 2 wrong usage or config; 3 data unusable; 75 stopped early with a checkpoint and worth
+resuming; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmscale.errors import ConfigError, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    verb: Callable[[argparse.Namespace], None] = arguments.verb
+    try:
+        verb(arguments)
+    except UserError as error:
+        print(f"mmscale: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("mmscale: interrupted; what was saved is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from mmscale.metrics import ProgressBar
+    from mmscale.train import train as run
+
+    bar = ProgressBar()
+    try:
+        report = run(config, bar.update)
+    finally:
+        bar.close()
+    if int(os.environ.get("RANK", 0)) == 0:
+        _show_report(report, config, as_json=arguments.json)
+
+
+def launch(arguments: argparse.Namespace) -> None:
+    changes = [
+        f"launch.{name}={value}"
+        for name, value in (("nodes", arguments.nodes), ("workers_per_node", arguments.workers_per_node))
+        if value is not None
+    ]
+    config = _config(arguments, *changes)
+    from mmscale_launcher import launch as run
+
+    from mmscale.metrics import ProgressBar
+
+    bar = ProgressBar()
+    try:
+        report = run(config, address=arguments.address, on_event=bar.update)
+    finally:
+        bar.close()
+    _show_report(report, config, as_json=arguments.json)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from mmscale.checkpoint import load_model
+    from mmscale.evals.evaluate import evaluate as run
+    from mmscale.evals.report import to_json, to_text
+    from mmscale.tasks import TASKS
+    from mmscale.world import close_world, init_world
+
+    model, config = load_model(Path(arguments.checkpoint))
+    names = arguments.tasks or [name for name, weight in config.tasks.items() if weight > 0]
+    _check_tasks(names, config.tasks)
+    world = init_world(device=config.run.device, threads=config.run.threads)
+    try:
+        model.to(world.device)
+        tasks = {name: TASKS[name]() for name in names}
+        results = run(model, model, tasks, arguments.data, config=config, world=world)
+    finally:
+        close_world()
+    if world.rank == 0:
+        print(to_json(results) if arguments.json else to_text(results))
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mmscale.checkpoint import load_model
+    from mmscale.predict import answer_lines, predict as run
+
+    model, config = load_model(Path(arguments.checkpoint))
+    _check_tasks([arguments.task], config.tasks)
+    with torch.no_grad():
+        answers = run(
+            model,
+            arguments.task,
+            images=arguments.image,
+            audios=arguments.audio,
+            texts=arguments.text,
+        )
+    print(json.dumps(answers, ensure_ascii=False) if arguments.json else "\n".join(answer_lines(answers)))
+
+
+def recipes(arguments: argparse.Namespace) -> None:
+    from mmscale.recipes import RECIPES, get
+
+    if arguments.name is not None:
+        print(get(arguments.name).to_json(), end="")
+        return
+    for name, recipe in RECIPES.items():
+        print(f"{name:16} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+
+
+def data_demo(arguments: argparse.Namespace) -> None:
+    from mmscale.data.demo import make_demo
+
+    info = make_demo(Path(arguments.out), seed=arguments.seed, source=arguments.source, limit=arguments.limit)
+    print(info)
+
+
+def data_index(arguments: argparse.Namespace) -> None:
+    from mmscale.data.index import build_index
+
+    for shard in arguments.shards:
+        print(f"{shard}: {len(build_index(shard))} samples")
+
+
+def _config(arguments: argparse.Namespace, *changes: str) -> Any:
+    from mmscale.recipes import get
+
+    return get(arguments.recipe).override(*arguments.overrides, *changes)
+
+
+def _check_tasks(names: list[str], known: dict[str, float]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"this model was not trained for {', '.join(unknown)}; its tasks are {', '.join(known)}"
+        )
+
+
+def _show_report(report: dict[str, Any], config: Any, *, as_json: bool) -> None:
+    from mmscale.evals.report import report_text
+
+    print(json.dumps(report) if as_json else f"\n{report_text(report)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmscale", description="Trains models that read text, images and audio together."
+    )
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(verb: Callable[[argparse.Namespace], None], name: str, text: str, group: Any = verbs) -> Any:
+        command = group.add_parser(name, help=text, description=text)
+        command.set_defaults(verb=verb)
+        return command
+
+    def add_recipe(command: Any) -> None:
+        command.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or a config's .json file")
+        command.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to it")
+        command.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    add_recipe(add(train, "train", "train in this process, or as one rank under torchrun"))
+    command = add(launch, "launch", "train through Ray; with no address it starts a local one")
+    add_recipe(command)
+    command.add_argument("--nodes", type=int, metavar="N")
+    command.add_argument("--workers-per-node", type=int, metavar="W")
+    command.add_argument("--address", help="of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
+
+    command = add(evaluate, "eval", "score a run's newest checkpoint, or a checkpoint, on shards")
+    command.add_argument("checkpoint", metavar="RUN|CHECKPOINT")
+    command.add_argument("--data", required=True, metavar="SHARDS", help="a folder, a tar, or a brace pattern")
+    command.add_argument("--tasks", nargs="+", metavar="TASK", help="default: those it was trained for")
+    command.add_argument("--json", action="store_true")
+
+    command = add(predict, "predict", "ask a model about pictures, sounds and texts")
+    command.add_argument("checkpoint", metavar="RUN|CHECKPOINT")
+    command.add_argument("--task", required=True)
+    for name in ("image", "audio"):
+        command.add_argument(f"--{name}", action="append", default=[], metavar="FILE")
+    command.add_argument("--text", action="append", default=[], metavar="TEXT")
+    command.add_argument("--json", action="store_true")
+
+    command = add(recipes, "recipes", "list the recipes, or print one in full")
+    command.add_argument("name", nargs="?", metavar="NAME")
+
+    data = verbs.add_parser("data", help="tools for shards", description="Tools for shards.")
+    tools = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    command = add(data_demo, "demo", "make shards of real pictures, names and spoken names (emoji)", tools)
+    command.add_argument("out", metavar="OUT", help="the folder to make")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--source", choices=("auto", "emoji", "scenes"), default="auto")
+    command.add_argument("--limit", type=int, metavar="N", help="at most N concepts")
+    command = add(data_index, "index", "write the index of shards", tools)
+    command.add_argument("shards", nargs="+", metavar="SHARD")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,432 @@
+"""The typed configuration of a run: nested frozen sections, overrides, every problem reported at once.
+
+A recipe (`mmscale.recipes`) returns one complete `Config`; the command line changes single values::
+
+    config = get("quickstart").override("optim.lr=3e-4", "tasks.caption=0")
+
+Pydantic checks types and bounds, so a mistake is found before any device is touched; an unknown name fails with the
+nearest known one. The trade-off: a value is either in the config or it isn't configurable; components take plain values
+or their own section, never the whole config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mmscale.errors import ConfigError
+
+# -------------------------------------------------------------------------------------------------- durations
+
+_DURATION = re.compile(r"(?P<value>\d+(?:\.\d+)?(?:e\d+)?)(?P<unit>|ep|ex|%|m|h)$")
+_DURATION_HELP = "give one of 1000 (steps), 2ep (epochs), 3e6ex (samples), 10% (of the run), 30m or 2h (wall time)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duration:
+    """A length of training, in steps or in seconds; exactly one of the two is set."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+def check_duration(text: object) -> str:
+    """Returns the text of a duration, or raises ValueError if it isn't one (two at once aren't one)."""
+    text = str(text).strip()
+    if not _DURATION.match(text):
+        raise ValueError(f"{text!r} is not a duration: {_DURATION_HELP}")
+    return text
+
+
+def parse_duration(
+    text: str, *, batch_size: int, samples_per_epoch: int, total_steps: int | None = None
+) -> Duration:
+    """Converts `1000`, `2ep`, `3e6ex`, `10%`, `30m` or `2h`.
+
+    batch_size and samples_per_epoch count samples over all ranks; a percentage needs the run's total_steps. Durations
+    in samples or epochs round to the nearest step, and to one step at least (unless they are zero).
+    """
+    match = _DURATION.match(check_duration(text))
+    assert match is not None
+    value, unit = float(match["value"]), match["unit"]
+    if unit in ("m", "h"):
+        return Duration(seconds=value * (60 if unit == "m" else 3600))
+    if unit == "%":
+        if total_steps is None:
+            raise ConfigError(f"the duration {text!r} is a share of a run that isn't counted in steps")
+        steps = value / 100 * total_steps
+    elif unit == "ep":
+        steps = value * (samples_per_epoch // batch_size)
+    elif unit == "ex":
+        steps = value / batch_size
+    else:
+        steps = value
+    return Duration(steps=max(1, round(steps)) if value else 0)
+
+
+# --------------------------------------------------------------------------------------------------- sections
+
+DurationText = Annotated[str, BeforeValidator(check_duration)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where the run's folder is, its seed, its device."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    dir: str | None = None  # default: runs/NAME below the working directory
+    seed: int = 0
+    resume: Literal["auto", "never", "must"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt | None = None  # CPU threads of a rank; default: the cores of the machine over its ranks
+
+
+class FieldConfig(Section):
+    """One named field of a sample: where it lies in the record, and the modality that reads it."""
+
+    source: str = Field(min_length=1)  # alternatives tried in order: "jpg|png|webp", "json.caption|txt"
+    modality: Literal["text", "image", "audio", "label"]
+    required: bool = True
+
+
+class ImageAugmentConfig(Section):
+    """Random changes to a training picture; zero is none. See `mmscale.data.augment.image_augment`."""
+
+    shift: Fraction = 0.0  # of the side
+    scale: Annotated[float, Field(ge=0)] = 0.0  # zoom within 1 / (1 + scale) .. 1 + scale
+    rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    flip: bool = False
+    color: Fraction = 0.0  # brightness, contrast, saturation within 1 - color .. 1 + color
+
+
+class AudioAugmentConfig(Section):
+    """Random changes to a training spectrogram; zero is none. See `mmscale.data.augment.spectrogram_augment`."""
+
+    time_mask: Annotated[int, Field(ge=0)] = 0  # frames
+    freq_mask: Annotated[int, Field(ge=0)] = 0  # mel bands
+    gain: Annotated[float, Field(ge=0)] = 0.0
+    shift: Annotated[int, Field(ge=0)] = 0
+
+
+class AugmentConfig(Section):
+    image: ImageAugmentConfig = ImageAugmentConfig()
+    audio: AudioAugmentConfig = AudioAugmentConfig()
+
+
+class DataConfig(Section):
+    train: str | list[str]
+    evals: dict[str, str | list[str]] = {}
+    batch_size: PositiveInt = 256  # samples in a step over all ranks
+    fields: dict[str, FieldConfig]
+    shuffle: bool = True
+    augment: AugmentConfig = AugmentConfig()
+    on_error: Literal["fail", "substitute"] = "fail"
+    error_budget: Fraction = 0.005
+    threads: PositiveInt = 1
+    prefetch: PositiveInt = 3  # batches
+    cache_mb: Annotated[int, Field(ge=0)] = 0  # decoded samples kept in memory, for each rank
+
+
+class TextConfig(Section):
+    tokenizer: str  # a tokenizer.json, or a folder that holds one
+    max_length: PositiveInt = 32
+
+
+class ImageConfig(Section):
+    size: PositiveInt = 64  # pixels a side
+    stem_widths: list[PositiveInt] = [32, 64, 128]  # channels of the stride-2 convolutions before the patches
+    patch_size: PositiveInt = 2  # of the stem's output
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.size // (2 ** len(self.stem_widths) * self.patch_size)) ** 2
+
+
+class AudioConfig(Section):
+    sample_rate: PositiveInt = 16000  # Hz
+    num_mels: PositiveInt = 40
+    hop: PositiveInt = 320  # samples between frames
+    max_frames: PositiveInt = 96
+    stem_widths: list[PositiveInt] = [128, 128]  # channels of the stride-2 convolutions over time
+    patch_size: PositiveInt = 2  # of the stem's output
+
+    @property
+    def stride(self) -> int:
+        """Frames that one token covers."""
+        return 2 ** len(self.stem_widths) * self.patch_size
+
+
+class ModelConfig(Section):
+    width: PositiveInt = 192
+    depth: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt | None = None  # default: num_heads
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    embed_dim: PositiveInt = 128  # of the joint space
+    text: TextConfig
+    image: ImageConfig = ImageConfig()
+    audio: AudioConfig = AudioConfig()
+    kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        problems = []
+        if self.width % self.num_heads or (self.width // self.num_heads) % 8:
+            problems.append(
+                f"width={self.width} over num_heads={self.num_heads} must be a whole multiple of 8 a head"
+            )
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            problems.append(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        reduction = 2 ** len(self.image.stem_widths) * self.image.patch_size
+        if self.image.size % reduction:
+            problems.append(
+                f"image.size={self.image.size} must be a multiple of {reduction}, what the stem and patches reduce by"
+            )
+        if self.audio.max_frames % self.audio.stride:
+            problems.append(
+                f"audio.max_frames={self.audio.max_frames} must be a multiple of {self.audio.stride}, a token's frames"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def backend(self) -> str | None:
+        return None if self.kernels == "auto" else self.kernels
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: DurationText = "5%"
+    final_lr: Fraction = 0.0  # of lr, where the schedule ends
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0 = no clipping
+
+
+class TrainConfig(Section):
+    duration: DurationText = "1000"
+    accumulation: PositiveInt = 1  # micro-batches in a step, for each rank
+    log_every: PositiveInt = 10  # steps
+    save_every: DurationText = "25%"
+    eval_every: DurationText | None = None  # besides before and after
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
+
+class EngineConfig(Section):
+    """DeepSpeed: how the model is sharded, its precision, what is offloaded."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    timeout: Annotated[float, Field(gt=0)] = 600.0  # seconds a collective may take
+
+    @model_validator(mode="after")
+    def _fits(self) -> EngineConfig:
+        problems = []
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            problems.append(
+                f"offload_optimizer={self.offload_optimizer} needs zero_stage 1, 2 or 3, it is 0"
+            )
+        if self.offload_optimizer == "nvme" and self.zero_stage != 3:
+            problems.append(f"offload_optimizer=nvme needs zero_stage=3, it is {self.zero_stage}")
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            problems.append(
+                f"offload_parameters={self.offload_parameters} needs zero_stage=3, it is {self.zero_stage}"
+            )
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.nvme_path:
+            problems.append("offloading to nvme needs nvme_path, a folder on that disk")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class EvalConfig(Section):
+    num_candidates: PositiveInt = 400  # of a retrieval
+    batch_size: PositiveInt = 128  # samples over all ranks
+    num_generated: PositiveInt = 128  # samples of a set that a generating task is scored on
+
+
+class LaunchConfig(Section):
+    nodes: PositiveInt = 1
+    workers_per_node: PositiveInt | None = None  # default: the devices of a node, else 1
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+
+
+class Config(Section):
+    """One complete run. `override` returns a changed copy; `to_json` and `from_json` keep it in a file."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    tasks: dict[str, Annotated[float, Field(ge=0)]]
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    evals: EvalConfig = EvalConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        problems = []
+        if not any(self.tasks.values()):
+            problems.append(f"tasks={self.tasks}: at least one task needs a weight above 0")
+        parts = self.train.accumulation
+        if self.data.batch_size % parts:
+            problems.append(
+                f"data.batch_size={self.data.batch_size} must be a multiple of train.accumulation={parts}"
+            )
+        if self.train.duration[-1] in "mh" and self.optim.schedule != "constant":
+            problems.append(
+                f"train.duration={self.train.duration} is wall time, so the learning rate can't follow it: "
+                f"optim.schedule={self.optim.schedule} must be constant, or train.duration in steps, ep or ex"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def override(self, *assignments: str) -> Config:
+        """Returns a copy changed by `section.field=value` texts.
+
+        A value is JSON where it parses as such, else a string. Raises ConfigError with all problems of all assignments.
+        """
+        tree = self.model_dump(mode="json")
+        problems = []
+        for assignment in assignments:
+            path, equals, text = assignment.partition("=")
+            if not equals or not path:
+                problems.append(f"{assignment!r}: give section.field=value")
+                continue
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError:
+                value = text
+            node: Any = tree
+            *parents, leaf = path.split(".")
+            for parent in parents:
+                node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                problems.append(f"{path}: {'.'.join(parents)} is a value, not a section")
+                continue
+            node[leaf] = value
+        return _validate(tree, problems)
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes, *, origin: str = "the file") -> Config:
+        """Reads what `to_json` wrote. Raises ConfigError; `origin` names the source in its message."""
+        try:
+            tree = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{origin} is not JSON: {error}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{origin} must hold one JSON object, it holds a {type(tree).__name__}")
+        return _validate(tree, [])
+
+    def differences(self, other: Config) -> list[str]:
+        """The fields in which two configs differ, as `path: this -> other`."""
+        mine, theirs = (dict(_leaves(c.model_dump(mode="json"))) for c in (self, other))
+        return [
+            f"{key}: {mine.get(key, '(absent)')} -> {theirs.get(key, '(absent)')}"
+            for key in sorted({*mine, *theirs})
+            if mine.get(key) != theirs.get(key)
+        ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --------------------------------------------------------------------------------------------------- messages
+
+
+def _validate(tree: dict[str, Any], problems: list[str]) -> Config:
+    from mmscale.tasks import TASKS  # here, since it brings torch, which `mmscale --help` does without
+
+    config = None
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [*problems, *_messages(error)]
+    tasks = tree.get("tasks")
+    for name in tasks if isinstance(tasks, dict) else ():
+        if name not in TASKS:
+            problems.append(f"tasks.{name}: no such task{_nearest(name, TASKS)}")
+    if config is None or problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        raise ConfigError(f"the configuration has {count}:\n{listed}")
+    return config
+
+
+def _messages(error: ValidationError) -> list[str]:
+    messages = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        name = ".".join(path)
+        if problem["type"] == "extra_forbidden":
+            message = f"{name}: no such field{_nearest(path[-1], _known_names(path[:-1]))}"
+        elif problem["type"] == "missing":
+            message = f"{name}: missing"
+        elif problem["type"] == "value_error":
+            text = str(problem["ctx"]["error"])
+            messages += [f"{name}: {line}" if name else line for line in text.splitlines()]
+            continue
+        else:
+            message = f"{name}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        messages.append(message)
+    return messages
+
+
+def _known_names(path: list[str]) -> list[str]:
+    """The field names of the section at a path; none where the path leaves the typed sections."""
+    section: Any = Config
+    for part in path:
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+        elif isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields:
+            section = section.model_fields[part].annotation
+        else:
+            return []
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _nearest(name: str, known: Any) -> str:
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if match:
+        return f"; did you mean {match[0]}?"
+    return f"; known are {', '.join(known)}" if known else ""
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads a config file (JSON, as saved in a run's folder). Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"can't read the config {path}: {error.strerror}") from None
+    return Config.from_json(text, origin=str(path))

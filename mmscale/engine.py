@@ -1,0 +1,207 @@
+"""The engine: DeepSpeed behind a narrow door.
+
+ZeRO 0 to 3, offload to CPU or NVMe, fp32 or bf16, clipping and accumulation are DeepSpeed's. `train_step` is ours: it
+runs a task's micro-batches so that the gradient is that of one batch over all ranks, contrastive losses included.
+The trade-off: under ZeRO-3 a model is built whole on each host before DeepSpeed cuts it up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmscale.config import EngineConfig, OptimConfig
+from mmscale.errors import ConfigError
+from mmscale.models.model import Batch, Model
+from mmscale.optim import make_optimizer, parameter_groups
+from mmscale.tasks import Task
+from mmscale.world import World
+
+
+def load_deepspeed() -> Any:
+    """Imports DeepSpeed, quiet, without its shared-memory all-reduce.
+
+    That one is compiled at the first start; a process killed meanwhile leaves a lock on which later starts hang, and
+    machines without a compiler can't start at all. Gloo does its work.
+    """
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def cpu_adam(groups: list[dict[str, Any]], mixin: type, **kwargs: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam for optimizer states in host memory, with a mixin; it is compiled at its first use."""
+    load_deepspeed()
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return type("CPUAdamW", (mixin, DeepSpeedCPUAdam), {})(groups, adamw_mode=True, **kwargs)
+    except (RuntimeError, ImportError, OSError) as error:
+        raise ConfigError(
+            f"engine.offload_optimizer needs DeepSpeed's CPU Adam, which needs a C++ compiler and ninja: {error}"
+        ) from None
+
+
+def deepspeed_config(
+    engine: EngineConfig, *, micro_batch: int, accumulation: int, world_size: int, clip_norm: float
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets. micro_batch: samples of one rank in one forward pass."""
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    for part, place in (("optimizer", engine.offload_optimizer), ("param", engine.offload_parameters)):
+        if place != "none":
+            zero[f"offload_{part}"] = {"device": place, "pin_memory": torch.cuda.is_available()}
+        if place == "nvme":
+            zero[f"offload_{part}"]["nvme_path"] = engine.nvme_path
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "gradient_clipping": clip_norm,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+class Engine:
+    """A model and its optimizer, sharded. `micro_batch`: samples of one rank in one forward pass."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        config: EngineConfig,
+        optim: OptimConfig,
+        world: World,
+        micro_batch: int,
+        accumulation: int,
+        universal: bool = False,
+    ) -> None:
+        deepspeed = load_deepspeed()
+        self.world, self.accumulation, self.zero_stage = world, accumulation, config.zero_stage
+        options = deepspeed_config(
+            config,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            world_size=world.size,
+            clip_norm=optim.clip_norm,
+        )
+        if universal:
+            options["checkpoint"] = {"load_universal": True}
+        optimizer = make_optimizer(
+            parameter_groups(model, weight_decay=optim.weight_decay),
+            optim,
+            offloaded=config.offload_optimizer != "none",
+        )
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
+        self.model: Model = self.deepspeed.module
+
+    def train_step(
+        self, task: Task, parts: list[Batch], *, weight: float, step: bool = True
+    ) -> Tensor:
+        """Forward and backward over this rank's micro-batches, then the optimizer. Returns the global loss's share.
+
+        weight: the task's weight summed over all ranks and parts. The returned 0-d tensor stays on the device; its sum
+        over ranks is the loss. A task that couples samples embeds all parts first without keeping activations, takes
+        the loss over all of them, and replays each part with the gradient of its embeddings (Gao et al. 2021,
+        gradient cache). step=False leaves the gradients in place, for checks.
+        """
+        assert len(parts) == self.accumulation
+        factor = self.world.size / weight  # the engine averages gradients over ranks
+        total = torch.zeros((), device=self.world.device)
+        cached = self._cache(task, parts, factor) if task.coupled and len(parts) > 1 else None
+        for index, part in enumerate(parts):
+            embeddings = self.deepspeed(task.embed, part)
+            if cached is None:
+                loss, _ = task.objective(embeddings, group=None, backend=self.model.kernels)
+                loss = loss * factor
+                total += loss.detach()
+            else:
+                loss = sum_products(embeddings, cached[1][index])
+                total = cached[0]
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
+            if step:
+                self.deepspeed.step()
+        return total / self.world.size
+
+    def _cache(
+        self, task: Task, parts: list[Batch], factor: float
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The scaled loss over all parts, and its gradient with respect to each part's embeddings."""
+        with torch.no_grad():
+            embedded = [self.deepspeed(task.embed, part) for part in parts]
+        leaves = [
+            {name: value.requires_grad_(value.is_floating_point()) for name, value in one.items()}
+            for one in embedded
+        ]
+        joined = {
+            # Values without rows, such as a temperature, are equal in all parts: their mean is the value itself, and
+            # gives each part its share of the gradient.
+            name: torch.cat([one[name] for one in leaves])
+            if value.dim()
+            else torch.stack([one[name] for one in leaves]).mean()
+            for name, value in leaves[0].items()
+        }
+        with torch.enable_grad():
+            loss, _ = task.objective(joined, group=None, backend=self.model.kernels)
+            loss = loss * factor
+            loss.backward()
+        gradients = [
+            {
+                name: value.grad if value.grad is not None else torch.zeros_like(value)
+                for name, value in one.items()
+                if value.requires_grad
+            }
+            for one in leaves
+        ]
+        return loss.detach(), gradients
+
+    @property
+    def was_step_applied(self) -> bool:
+        """False where DeepSpeed skipped the optimizer because a gradient wasn't finite."""
+        return bool(self.deepspeed.was_step_applied())
+
+    @property
+    def gradient_norm(self) -> float:
+        """The global gradient norm of the last step, before clipping. Reading it synchronises the device."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Each parameter's gradient averaged over ranks, whole, in float32 on the CPU; collective. For checks."""
+        from deepspeed.utils import safe_get_full_grad
+
+        gradients = {}
+        for name, parameter in self.model.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is None:
+                gradient = torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
+            gradients[name] = gradient.detach().float().cpu().clone()
+        return gradients
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's parameters, whole, on the CPU of rank 0 (empty elsewhere); collective under ZeRO-3."""
+        if self.zero_stage == 3:
+            state = self.deepspeed._zero3_consolidated_16bit_state_dict() or {}
+        else:
+            state = self.model.state_dict() if self.world.rank == 0 else {}
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def sum_products(embeddings: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
+    """A 0-d tensor whose gradient with respect to the embeddings is the given one."""
+    return torch.stack([(embeddings[name] * gradient).sum() for name, gradient in gradients.items()]).sum()

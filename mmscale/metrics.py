@@ -1,0 +1,175 @@
+"""Metrics: windowed counters, and where they go: TensorBoard, JSON lines, the terminal.
+
+Counters are plain sums over a window of steps, closed by one synchronisation; the arithmetic takes its clock as a
+parameter, so a test can hold it to account.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+Event = dict[str, Any]
+
+
+class Window:
+    """Counts samples, tokens and waiting time since the last `close`."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._wait = self._clock(), 0.0
+        self._samples = self._tokens = self._steps = 0
+
+    def add(self, *, samples: int, tokens: int, wait_s: float) -> None:
+        """One step: samples and tokens over all ranks, wait_s seconds spent waiting for its batch."""
+        self._samples += samples
+        self._tokens += tokens
+        self._wait += wait_s
+        self._steps += 1
+
+    def close(self) -> dict[str, float]:
+        """Rates over the window, which begins anew: samples and tokens a second, waiting share, seconds a step."""
+        elapsed = max(self._clock() - self._start, 1e-9)
+        rates = {
+            "samples_per_s": self._samples / elapsed,
+            "tokens_per_s": self._tokens / elapsed,
+            "data_wait_frac": min(1.0, self._wait / elapsed),
+            "step_s": elapsed / max(1, self._steps),
+        }
+        self._reset()
+        return rates
+
+    def pause(self) -> Callable[[], None]:
+        """Leaves out the time until the returned function is called: evaluating and saving aren't training."""
+        begin = self._clock()
+
+        def resume() -> None:
+            self._start += self._clock() - begin
+
+        return resume
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this rank has held: of the device, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30
+
+
+class Writer:
+    """Appends to metrics.jsonl and TensorBoard's events in a run's folder. For rank 0.
+
+    A resumed run writes on after the checkpoint's step: lines beyond it, from the run that was cut off, are dropped.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        kept = [
+            line for line in _lines(path) if line["step"] <= resume_step
+        ]  # a torn last line isn't JSON and goes too
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "step":
+                place = name if "/" in name else f"train/{name}"
+                self._board.add_scalar(place, value, line["step"])
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def image(self, name: str, picture: Any, step: int) -> None:
+        """A (H, W, 3) uint8 array."""
+        self._board.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+class ProgressBar:
+    """Draws a run's events: a bar on a terminal, one plain line an interval in a pipe."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._bar: tqdm | None = None
+
+    def update(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "log":
+            self._log(event)
+        elif kind == "message":
+            self._say(event["text"])
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _log(self, event: Event) -> None:
+        step, total = event["step"], event["total_steps"]
+        facts = {
+            "loss": f"{event['loss']:.3f}",
+            "samples/s": f"{event['samples_per_s']:.0f}",
+            "data wait": f"{event['data_wait_frac']:.0%}",
+        }
+        eta = "?" if event["eta_s"] is None else clock_text(event["eta_s"])
+        if not self._stream.isatty():
+            said = ", ".join(f"{name} {value}" for name, value in facts.items())
+            print(f"step {step}/{total or '?'}: {said}, ETA {eta}", file=self._stream, flush=True)
+            return
+        if self._bar is None:
+            self._bar = tqdm(
+                total=total,
+                file=self._stream,
+                initial=step,
+                dynamic_ncols=True,
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {postfix}]",
+            )
+        self._bar.n = step
+        self._bar.set_postfix_str(f"{eta}, " + ", ".join(f"{k} {v}" for k, v in facts.items()), refresh=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def clock_text(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

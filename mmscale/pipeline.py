@@ -1,0 +1,87 @@
+"""From shards to batches: a stream whose schema is the config's fields and whose collation is the model's modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+from mmscale.config import AugmentConfig, Config
+from mmscale.data import Batch, Field, ShardStream
+from mmscale.data.augment import image_augment, spectrogram_augment
+from mmscale.data.batch import TensorBatch
+from mmscale.models import Model
+from mmscale.world import World
+
+
+def _augmentation(config: AugmentConfig, modality: str) -> Callable[..., Any] | None:
+    if modality == "image":
+        return partial(image_augment, **config.image.model_dump())
+    if modality == "audio":
+        return partial(spectrogram_augment, **config.audio.model_dump())
+    return None
+
+
+def make_schema(config: Config, model: Model, names: Collection[str], *, augment: bool) -> dict[str, Field]:
+    schema = {}
+    for name in names:
+        field = config.data.fields[name]
+        schema[name] = Field(
+            field.source,
+            read=model.modality(name).read,
+            augment=_augmentation(config.data.augment, field.modality) if augment else None,
+            required=field.required,
+        )
+    return schema
+
+
+def collate(model: Model, batch: Batch) -> TensorBatch:
+    """A batch of decoded arrays as tensors on the CPU: field name -> {"x", "lengths"}."""
+    return {name: model.modality(name).collate(batch[name]) for name in batch.names}
+
+
+def train_stream(
+    config: Config, model: Model, world: World, *, select: Callable[[int], Collection[str]]
+) -> ShardStream:
+    """The endless training stream of this rank; select names the fields that a step reads."""
+    data = config.data
+    return ShardStream(
+        data.train,
+        batch_size=data.batch_size,
+        seed=config.run.seed,
+        rank=world.rank,
+        world_size=world.size,
+        epochs=None,
+        fields=make_schema(config, model, data.fields, augment=True),
+        select=select,
+        shuffle=data.shuffle,
+        on_error=data.on_error,
+        error_budget=data.error_budget,
+        train=True,
+        transform=partial(collate, model),
+        threads=data.threads,
+        prefetch=data.prefetch,
+        cache_bytes=data.cache_mb * 2**20,
+    )
+
+
+def eval_stream(
+    config: Config, model: Model, world: World, shards: str | list[str], *, names: Collection[str]
+) -> ShardStream:
+    """One pass over held-out shards in a fixed, mixed order; fillers of the last batch are not `valid`."""
+    data = config.data
+    per_rank = -(-config.evals.batch_size // world.size)
+    return ShardStream(
+        shards,
+        batch_size=per_rank * world.size,
+        rank=world.rank,
+        world_size=world.size,
+        fields=make_schema(config, model, names, augment=False),
+        remainder="pad",
+        on_error=data.on_error,
+        error_budget=data.error_budget,
+        train=False,
+        transform=partial(collate, model),
+        threads=data.threads,
+        prefetch=data.prefetch,
+    )

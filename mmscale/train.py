@@ -1,0 +1,295 @@
+"""The training loop, read top to bottom: next batch, forward, backward, step, log, evaluate, save.
+
+`train(config)` runs one rank. It is the same function in one process, under torchrun and under Ray: who we are comes from
+the environment (see `mmscale.world`). Killed at any time and called again, it goes on from the newest checkpoint with
+the very next sample.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmscale import checkpoint
+from mmscale.config import Config, parse_duration
+from mmscale.data.batch import TensorBatch, split_rows, to_device
+from mmscale.engine import Engine
+from mmscale.errors import ConfigError, Preempted, UserError
+from mmscale.evals.evaluate import evaluate
+from mmscale.evals.report import write_report
+from mmscale.metrics import Event, Window, Writer, peak_memory_gib
+from mmscale.models import Model
+from mmscale.optim import learning_rate
+from mmscale.pipeline import train_stream
+from mmscale.runs import Run, open_run
+from mmscale.tasks import TASKS, Task, model_for, schedule
+from mmscale.world import World, close_world, init_world
+
+
+def train(config: Config, on_event: Callable[[Event], None] | None = None) -> dict[str, Any]:
+    """Trains, evaluates before and after, and returns the report, which also lies in the run's folder.
+
+    on_event is called on rank 0 with what a terminal shows: {"event": "message" | "log" | "eval" | "save", ...}.
+    Raises ConfigError, DataError, CheckpointError and Preempted (with a checkpoint saved), on every rank the same.
+    """
+    world = init_world(
+        device=config.run.device, threads=config.run.threads, timeout=config.engine.timeout
+    )
+    run: Run | None = None
+    try:
+        _check_world(config, world)
+        run = open_run(config, world)
+        run.emit = on_event if on_event is not None and world.rank == 0 else run.emit
+        report = _train(config, world, run)
+    except BaseException as error:
+        if run is not None:
+            run.record(error)
+        raise
+    else:
+        run.log(f"finished at step {report['step']}")
+        return report
+    finally:
+        close_world()
+
+
+def _check_world(config: Config, world: World) -> None:
+    share = world.size * config.train.accumulation
+    if config.data.batch_size % share:
+        below = config.data.batch_size // share * share
+        nearest = f"{below} or {below + share}" if below else str(share)
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} can't be dealt evenly to {world.size} ranks of "
+            f"{config.train.accumulation} micro-batches: the nearest that can is {nearest}"
+        )
+
+
+def _train(config: Config, world: World, run: Run) -> dict[str, Any]:
+    model = model_for(config)
+    tasks = {name: TASKS[name]() for name, weight in config.tasks.items() if weight > 0}
+    stream = train_stream(
+        config, model, world, select=lambda step: _fields(config, tasks[schedule(config.tasks, step)])
+    )
+
+    def duration(text: str, total: int | None = None) -> Any:
+        return parse_duration(
+            text,
+            batch_size=config.data.batch_size,
+            samples_per_epoch=stream.num_samples,
+            total_steps=total,
+        )
+
+    limit = duration(config.train.duration)
+    total_steps = limit.steps
+    warmup = duration(config.optim.warmup, total_steps).steps or 0
+    save_every = duration(config.train.save_every, total_steps)
+    eval_every = duration(config.train.eval_every, total_steps) if config.train.eval_every else None
+
+    found, problems = checkpoint.find(run.checkpoints, world)
+    for problem in problems:
+        run.say(f"passed over a damaged checkpoint: {problem}")
+    if found is None and config.run.resume == "must":
+        raise ConfigError(f"run.resume=must: there is no checkpoint in {run.checkpoints}")
+    universal = found is not None and checkpoint.needs_conversion(found, world.size, config.engine.zero_stage)
+    num_parts = config.train.accumulation
+    engine = Engine(
+        model,
+        config=config.engine,
+        optim=config.optim,
+        world=world,
+        micro_batch=config.data.batch_size // (world.size * num_parts),
+        accumulation=num_parts,
+        universal=universal,
+    )
+    step, seconds = 0, 0.0
+    if found is not None:
+        checkpoint.load(engine, found, universal=universal)
+        stream.load_state_dict(found.manifest["state"]["stream"])
+        step, seconds = found.step, found.manifest["state"]["seconds"]
+        run.say(f"resumed at step {step} from {found.path}")
+    else:
+        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        run.say(
+            f"{num_parameters / 1e6:.1f} M parameters, ZeRO-{config.engine.zero_stage}, {config.engine.precision}, "
+            f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; "
+            f"{stream.num_samples} samples, {config.data.batch_size} a step"
+        )
+
+    writer = Writer(run.folder, resume_step=step) if world.rank == 0 else None
+    stop = _StopRequest()
+
+    def run_evaluation(at: int) -> None:
+        resume = window.pause()
+        for name, shards in config.data.evals.items():
+            results = evaluate(engine.deepspeed, engine.model, tasks, shards, config=config, world=world)
+            run.add_evaluation(at, name, results, writer)
+        resume()
+
+    def save(at: int) -> None:
+        resume = window.pause()
+        state = {"stream": stream.state_dict(), "seconds": seconds + time.perf_counter() - started}
+        path = checkpoint.save(
+            engine, run.checkpoints, step=at, state=state, config=config, keep=config.train.keep_checkpoints
+        )
+        run.emit({"event": "save", "step": at, "path": str(path)})
+        resume()
+
+    started = time.perf_counter()
+    window = Window()
+    if step == 0 and config.data.evals:
+        run_evaluation(0)
+    started = time.perf_counter()  # evaluating before is not training
+    last_save = time.monotonic()
+    pending: list[tuple[str, torch.Tensor]] = []
+    skipped = 0
+    batches = iter(stream)
+    window = Window()
+
+    while total_steps is None or step < total_steps:
+        # Next batch. One small host-side sum tells every rank what it must know to do the same as the others.
+        begin = time.perf_counter()
+        batch, error = None, None
+        try:
+            batch = next(batches)
+        except Exception as caught:
+            error = caught
+        wait = time.perf_counter() - begin
+        name = schedule(config.tasks, step)
+        task = tasks[name]
+        parts = _micro_batches(task, batch.tensors, num_parts) if batch is not None else []
+        rows = sum(len(part["usable"]["x"]) for part in parts)
+        weight = 1.0 if task.coupled else sum(task.weight(part) for part in parts)
+        tokens = sum(model.modality(field).num_tokens(part[field]) for part in parts for field in task.fields)
+        clock = time.perf_counter() - started + seconds
+        out_of_time = limit.seconds is not None and clock >= limit.seconds and world.rank == 0
+        save_by_clock = save_every.seconds is not None and time.monotonic() - last_save >= save_every.seconds
+        save_by_clock = save_by_clock and world.rank == 0
+        sums = world.sum([error is not None, stop.requested, out_of_time, save_by_clock, rows, weight, tokens])
+        failed, stopped, ended, save_now, all_rows, all_weight, all_tokens = sums
+        if failed:
+            world.agree(error)
+        if ended:
+            break
+
+        # Forward, backward, optimizer step.
+        rate = learning_rate(config.optim, step, warmup_steps=warmup, total_steps=total_steps)
+        if all_rows:
+            engine.set_learning_rate(rate)
+            on_device = [to_device(_drop_complete(part), world.device) for part in parts]
+            pending.append((name, engine.train_step(task, on_device, weight=all_weight)))
+        else:
+            skipped += 1
+        step += 1
+        window.add(samples=config.data.batch_size, tokens=round(all_tokens), wait_s=wait)
+
+        # Log: the one place where the device is waited for.
+        if pending and (step % config.train.log_every == 0 or step == total_steps or stopped):
+            losses = _mean_losses(pending, world)
+            rates = window.close()
+            pending.clear()
+            line = {
+                "step": step,
+                "samples": step * config.data.batch_size,
+                "epoch": step * config.data.batch_size / stream.num_samples,
+                "loss": losses.pop("all"),
+                "lr": rate,
+                "samples_per_s": rates["samples_per_s"],
+                "tokens_per_s": rates["tokens_per_s"],
+                "data_wait_frac": rates["data_wait_frac"],
+                "mem_gib": peak_memory_gib(world.device),
+                "mfu": None,
+                "grad_norm": engine.gradient_norm,
+                **{f"loss/{name}": value for name, value in losses.items()},
+            }
+            if writer is not None:
+                writer.log(line)
+            eta = (total_steps - step) * rates["step_s"] if total_steps is not None else None
+            run.emit({"event": "log", "total_steps": total_steps, "eta_s": eta, **line})
+            if line["loss"] != line["loss"] or abs(line["loss"]) == float("inf"):
+                raise UserError(
+                    f"the loss is {line['loss']} by step {step}: lower optim.lr={config.optim.lr:g} or look at the data; "
+                    f"checkpoints up to step {step - config.train.log_every} are good"
+                )
+
+        # Evaluate, save, stop.
+        at_end = step == total_steps
+        if eval_every is not None and step % eval_every.steps == 0 and not at_end:
+            run_evaluation(step)
+        if save_now or (save_every.steps and step % save_every.steps == 0 and not at_end) or stopped:
+            save(step)
+            last_save = time.monotonic()
+        if stopped and not at_end:
+            raise Preempted(f"stopped at step {step}, saved; the same command goes on from there")
+
+    seconds += time.perf_counter() - started
+    started = time.perf_counter()
+    if not any(path.name == f"step-{step:08d}" for path in checkpoint.complete(run.checkpoints)):
+        save(step)
+    if config.data.evals:
+        run_evaluation(step)
+    counts = world.gather(dict(stream.faults))
+    stream.close()
+    if writer is not None:
+        writer.close()
+    faults: dict[str, int] = {}
+    for count in counts:
+        for cause, number in count.items():
+            faults[cause] = faults.get(cause, 0) + number
+    report = {
+        "step": step,
+        "samples": step * config.data.batch_size,
+        "train_seconds": seconds,
+        "samples_per_s": step * config.data.batch_size / seconds if seconds else None,
+        "world_size": world.size,
+        "device": world.device.type,
+        "steps_without_usable_samples": skipped,
+        "substituted_samples": faults,
+        "evaluations": run.evaluations(),
+        "folder": str(run.folder),
+    }
+    return world.gather(write_report(run, config, report) if world.rank == 0 else None)[0]
+
+
+def _fields(config: Config, task: Task) -> list[str]:
+    """What a step of the task reads: its fields, and labels, which tell which samples match."""
+    labels = [name for name, field in config.data.fields.items() if field.modality == "label"]
+    return [*task.fields, *labels]
+
+
+def _micro_batches(task: Task, batch: TensorBatch, num_parts: int) -> list[TensorBatch]:
+    parts = split_rows(batch, num_parts)
+    return [{**part, "usable": {"x": task.usable(part)}} for part in parts]
+
+
+def _drop_complete(part: TensorBatch) -> TensorBatch:
+    """Without the list of usable rows where all are: then nothing needs to be selected."""
+    num_rows = len(next(iter(part.values()))["lengths"])
+    if len(part["usable"]["x"]) == num_rows:
+        return {name: field for name, field in part.items() if name != "usable"}
+    return part
+
+
+def _mean_losses(pending: list[tuple[str, torch.Tensor]], world: World) -> dict[str, float]:
+    """The mean loss over the steps since the last log: of all, and of each task."""
+    values = world.sum(torch.stack([loss for _, loss in pending]).tolist())
+    groups: dict[str, list[float]] = {"all": values}
+    for (name, _), value in zip(pending, values, strict=True):
+        groups.setdefault(name, []).append(value)
+    return {name: sum(group) / len(group) for name, group in groups.items()}
+
+
+class _StopRequest:
+    """Set by SIGTERM, where signals reach us: only the main thread may listen."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
