@@ -3,12 +3,14 @@
 `save` writes into `step-N.tmp/`, every file synced, a manifest of sizes and SHA-256 last, and then renames the folder: a
 folder without `.tmp` is complete. Each holds the sharded state of DeepSpeed (to resume), `model.safetensors` (to
 evaluate, without DeepSpeed), the resolved config and the position in the data. `find` verifies the newest and falls
-back to the one before. At another world size within ZeRO 1 to 3, DeepSpeed's universal format is made once beside it.
+back to the one before. At another world size within ZeRO 1 to 3, DeepSpeed's universal format is made beside it, loaded
+and removed again: it costs seconds, and nothing unverified is left for a later start.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmscale.config import Config, load_config
@@ -70,6 +73,9 @@ def save(
     _agree_on_write(world, error, temporary)
     writer = _DurableWriter()
     engine.deepspeed.checkpoint_engine, before = writer, engine.deepspeed.checkpoint_engine
+    # DeepSpeed adds scripts that make model.safetensors of its files, and it is there; on a full disk their copying
+    # would raise on rank 0 alone and leave the others at a barrier.
+    engine.deepspeed._copy_recovery_script = lambda folder: None
     try:
         engine.deepspeed.save_checkpoint(
             str(temporary), tag=TAG, client_state={"universal_checkpoint_info": {}}, save_latest=False
@@ -84,6 +90,8 @@ def save(
             (temporary / "config.json").write_text(config.to_json(), encoding="utf-8")
         except OSError as caught:
             error = caught
+        except SafetensorError as caught:
+            error = OSError(str(caught))
     _agree_on_write(world, error, temporary)
     if world.rank == 0:
         try:
@@ -100,8 +108,9 @@ def save(
             temporary.rename(final)
             _sync(folder)
             for old in complete(folder)[:-keep]:
-                shutil.rmtree(old.with_name(f"{old.name}.universal"), ignore_errors=True)
                 shutil.rmtree(old)
+            for left in (*folder.glob("step-*.tmp"), *folder.glob("step-*.universal*")):  # by runs that were killed
+                shutil.rmtree(left)
         except OSError as caught:
             error = caught
     _agree_on_write(world, error, temporary)
@@ -173,7 +182,7 @@ def load(engine: Engine, found: Found, *, universal: bool) -> None:
     world, path = engine.world, found.path
     if universal:
         path, error = found.path.with_name(f"{found.path.name}.universal"), None
-        if world.rank == 0 and not path.is_dir():
+        if world.rank == 0:
             try:
                 _convert(found.path / TAG, path)
             except UserError as caught:
@@ -181,6 +190,8 @@ def load(engine: Engine, found: Found, *, universal: bool) -> None:
         world.agree(error)
     loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=TAG)
     world.agree(None if loaded else CheckpointError(f"DeepSpeed found nothing to load in {path}"))
+    if universal and world.rank == 0:
+        shutil.rmtree(path)
 
 
 def load_model(path: Path) -> tuple[Model, Config]:
@@ -212,12 +223,18 @@ class _DurableWriter:
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
-            with open(path, "wb") as file:  # noqa: PTH123
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-            self.error = error if isinstance(error, OSError) else OSError(str(error))
+            with _NotingFile(path, "wb") as raw:
+                try:
+                    with io.BufferedWriter(raw) as file:
+                        torch.save(state_dict, file)
+                        file.flush()
+                        os.fsync(file.fileno())
+                except RuntimeError:  # what torch makes of a failed write
+                    if raw.error is None:
+                        raise
+                    raise raw.error from None
+        except OSError as error:
+            self.error = error
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         Path(path).mkdir(parents=True, exist_ok=exist_ok)
@@ -239,6 +256,19 @@ class _DurableWriter:
         return True
 
 
+class _NotingFile(io.FileIO):
+    """A file that remembers the first error of a write, which torch.save turns into other words."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
 def _agree_on_write(world: World, error: OSError | None, temporary: Path) -> None:
     """Raises on all ranks if one couldn't write, and removes what was written of this checkpoint."""
     try:
@@ -256,16 +286,17 @@ def _explain(error: OSError, temporary: Path) -> str:
 
 
 def _bytes_needed(engine: Engine) -> int:
-    """A little above what all ranks will write: float32 weights twice, two Adam moments."""
+    """A little above what all ranks will write: float32 weights of model and optimizer and to evaluate, two Adam moments."""
     shapes = (getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
-    return int(sum(shapes) * 4 * 4 * 1.1)
+    return int(sum(shapes) * 5 * 4 * 1.1)
 
 
 def _convert(source: Path, target: Path) -> None:
     """DeepSpeed's own converter, in a process of its own since it starts a pool of workers."""
     load_deepspeed()
     temporary = target.with_suffix(".universal-tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in (temporary, target):  # by a start that was killed
+        shutil.rmtree(left, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source)]
     command += ["--output_folder", str(temporary / TAG), "--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -7,19 +7,19 @@ resuming; 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mmscale.errors import ConfigError, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parse(argv)
     verb: Callable[[argparse.Namespace], None] = arguments.verb
     try:
         verb(arguments)
@@ -27,10 +27,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mmscale: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("mmscale: interrupted; what was saved is kept, the same command goes on from there", file=sys.stderr)
+        kept = "; the same command goes on from the newest checkpoint" if verb in (train, launch) else ""
+        print(f"mmscale: interrupted{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # the disk or the network, which a traceback doesn't explain better
+        if error.errno is None:
+            raise
+        print(f"mmscale: {error.filename or arguments.command}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 
@@ -76,8 +82,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from mmscale.world import close_world, init_world
 
     model, config = load_model(Path(arguments.checkpoint))
-    names = arguments.tasks or [name for name, weight in config.tasks.items() if weight > 0]
-    _check_tasks(names, config.tasks)
+    names = arguments.tasks or _trained_tasks(config)
+    _check_tasks(names, config)
     world = init_world(device=config.run.device, threads=config.run.threads)
     try:
         model.to(world.device)
@@ -93,10 +99,11 @@ def predict(arguments: argparse.Namespace) -> None:
     import torch
 
     from mmscale.checkpoint import load_model
-    from mmscale.predict import answer_lines, predict as run
+    from mmscale.predict import answer_lines
+    from mmscale.predict import predict as run
 
     model, config = load_model(Path(arguments.checkpoint))
-    _check_tasks([arguments.task], config.tasks)
+    _check_tasks([arguments.task], config)
     with torch.no_grad():
         answers = run(
             model,
@@ -138,11 +145,16 @@ def _config(arguments: argparse.Namespace, *changes: str) -> Any:
     return get(arguments.recipe).override(*arguments.overrides, *changes)
 
 
-def _check_tasks(names: list[str], known: dict[str, float]) -> None:
+def _trained_tasks(config: Any) -> list[str]:
+    return [name for name, weight in config.tasks.items() if weight > 0]
+
+
+def _check_tasks(names: list[str], config: Any) -> None:
+    known = _trained_tasks(config)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError(
-            f"this model was not trained for {', '.join(unknown)}; its tasks are {', '.join(known)}"
+            f"--task: this model was not trained for {', '.join(unknown)}; its tasks are {', '.join(known)}"
         )
 
 
@@ -152,11 +164,43 @@ def _show_report(report: dict[str, Any], config: Any, *, as_json: bool) -> None:
     print(json.dumps(report) if as_json else f"\n{report_text(report)}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line with the nearest right word, without the usage above it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"mmscale: {message} (see {self.prog} --help)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            match = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
+            hint = (
+                f"did you mean {match[0]}?" if match else f"known are {', '.join(map(str, action.choices))}"
+            )
+            name = (
+                action.metavar
+                if action.metavar and not action.option_strings
+                else "/".join(action.option_strings)
+            )
+            raise argparse.ArgumentError(None, f"{str(name).lower()} {value!r} is not known; {hint}")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse stops taking overrides at the first option; those after it are overrides all the same.
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"{' '.join(rest)}: not known to mmscale {arguments.command}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mmscale", description="Trains models that read text, images and audio together."
-    )
-    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser = _Parser(prog="mmscale", description="Trains models that read text, images and audio together.")
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
 
     def add(verb: Callable[[argparse.Namespace], None], name: str, text: str, group: Any = verbs) -> Any:
         command = group.add_parser(name, help=text, description=text)
@@ -165,7 +209,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_recipe(command: Any) -> None:
         command.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or a config's .json file")
-        command.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to it")
+        command.add_argument(
+            "overrides", nargs="*", default=[], metavar="section.field=value", help="changes to it"
+        )
         command.add_argument("--json", action="store_true", help="print the report as JSON")
 
     add_recipe(add(train, "train", "train in this process, or as one rank under torchrun"))
@@ -177,7 +223,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(evaluate, "eval", "score a run's newest checkpoint, or a checkpoint, on shards")
     command.add_argument("checkpoint", metavar="RUN|CHECKPOINT")
-    command.add_argument("--data", required=True, metavar="SHARDS", help="a folder, a tar, or a brace pattern")
+    command.add_argument(
+        "--data", required=True, metavar="SHARDS", help="a folder, a tar, or a brace pattern"
+    )
     command.add_argument("--tasks", nargs="+", metavar="TASK", help="default: those it was trained for")
     command.add_argument("--json", action="store_true")
 

@@ -19,14 +19,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mmscale.errors import ConfigError
 
 # -------------------------------------------------------------------------------------------------- durations
 
-_DURATION = re.compile(r"(?P<value>\d+(?:\.\d+)?(?:e\d+)?)(?P<unit>|ep|ex|%|m|h)$")
-_DURATION_HELP = "give one of 1000 (steps), 2ep (epochs), 3e6ex (samples), 10% (of the run), 30m or 2h (wall time)"
+_DURATION = re.compile(r"(?P<value>\d+(?:\.\d+)?(?:e\+?\d{1,2})?)(?P<unit>|ep|ex|%|m|h)")
+_DURATION_HELP = (
+    "give one of 1000 (steps), 2ep (epochs), 3e6ex (samples), 10% (of the run), 30m or 2h (wall time)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +52,7 @@ class Duration:
 def check_duration(text: object) -> str:
     """Returns the text of a duration, or raises ValueError if it isn't one (two at once aren't one)."""
     text = str(text).strip()
-    if not _DURATION.match(text):
+    if not _DURATION.fullmatch(text):
         raise ValueError(f"{text!r} is not a duration: {_DURATION_HELP}")
     return text
 
@@ -53,7 +65,7 @@ def parse_duration(
     batch_size and samples_per_epoch count samples over all ranks; a percentage needs the run's total_steps. Durations
     in samples or epochs round to the nearest step, and to one step at least (unless they are zero).
     """
-    match = _DURATION.match(check_duration(text))
+    match = _DURATION.fullmatch(check_duration(text))
     assert match is not None
     value, unit = float(match["value"]), match["unit"]
     if unit in ("m", "h"):
@@ -73,24 +85,63 @@ def parse_duration(
 
 # --------------------------------------------------------------------------------------------------- sections
 
+
+def duration_unit(text: str) -> str:
+    """The unit of a duration's text: "" (steps), "ep", "ex", "%", "m" or "h"."""
+    match = _DURATION.fullmatch(text)
+    assert match is not None, text
+    return match["unit"]
+
+
+def _check_shards(value: object) -> object:
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(
+            f"{value!r} names no shards: give a folder, a .tar, a brace pattern, or a list of these"
+        )
+    return value
+
+
 DurationText = Annotated[str, BeforeValidator(check_duration)]
+Shards = Annotated[str | list[str], BeforeValidator(_check_shards)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is neither a number nor a text")
+        return value
 
 
 class RunConfig(Section):
     """Where the run's folder is, its seed, its device."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    dir: str | None = None  # default: runs/NAME below the working directory
-    seed: int = 0
+    name: str
+    dir: Annotated[str, Field(min_length=1)] | None = None  # default: runs/NAME below the working directory
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     resume: Literal["auto", "never", "must"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: PositiveInt | None = None  # CPU threads of a rank; default: the cores of the machine over its ranks
+    threads: PositiveInt | None = (
+        None  # CPU threads of a rank; default: the cores of the machine over its ranks
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"{name!r} can't be a folder of runs/: give letters, digits, and . _ - after the first"
+            )
+        return name
 
 
 class FieldConfig(Section):
@@ -126,8 +177,8 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    train: str | list[str]
-    evals: dict[str, str | list[str]] = {}
+    train: Shards
+    evals: dict[str, Shards] = {}
     batch_size: PositiveInt = 256  # samples in a step over all ranks
     fields: dict[str, FieldConfig]
     shuffle: bool = True
@@ -236,15 +287,13 @@ class EngineConfig(Section):
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
-    timeout: Annotated[float, Field(gt=0)] = 600.0  # seconds a collective may take
+    timeout: Annotated[float, Field(gt=0, le=1e6)] = 600.0  # seconds a collective may take
 
     @model_validator(mode="after")
     def _fits(self) -> EngineConfig:
         problems = []
         if self.offload_optimizer != "none" and self.zero_stage == 0:
-            problems.append(
-                f"offload_optimizer={self.offload_optimizer} needs zero_stage 1, 2 or 3, it is 0"
-            )
+            problems.append(f"offload_optimizer={self.offload_optimizer} needs zero_stage 1, 2 or 3, it is 0")
         if self.offload_optimizer == "nvme" and self.zero_stage != 3:
             problems.append(f"offload_optimizer=nvme needs zero_stage=3, it is {self.zero_stage}")
         if self.offload_parameters != "none" and self.zero_stage != 3:
@@ -285,19 +334,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        problems = []
-        if not any(self.tasks.values()):
-            problems.append(f"tasks={self.tasks}: at least one task needs a weight above 0")
-        parts = self.train.accumulation
-        if self.data.batch_size % parts:
-            problems.append(
-                f"data.batch_size={self.data.batch_size} must be a multiple of train.accumulation={parts}"
-            )
-        if self.train.duration[-1] in "mh" and self.optim.schedule != "constant":
-            problems.append(
-                f"train.duration={self.train.duration} is wall time, so the learning rate can't follow it: "
-                f"optim.schedule={self.optim.schedule} must be constant, or train.duration in steps, ep or ex"
-            )
+        problems = _problems_between(dict(self))
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -305,7 +342,8 @@ class Config(Section):
     def override(self, *assignments: str) -> Config:
         """Returns a copy changed by `section.field=value` texts.
 
-        A value is JSON where it parses as such, else a string. Raises ConfigError with all problems of all assignments.
+        A value is JSON where it parses as such, else a string; for a field that holds text, 2024 and true are text too.
+        Raises ConfigError with all problems of all assignments.
         """
         tree = self.model_dump(mode="json")
         problems = []
@@ -318,15 +356,17 @@ class Config(Section):
                 value = json.loads(text)
             except json.JSONDecodeError:
                 value = text
-            node: Any = tree
             *parents, leaf = path.split(".")
+            if isinstance(value, int | float) and _takes_text(_annotation([*parents, leaf])):
+                value = text
+            node: Any = tree
             for parent in parents:
                 node = node.setdefault(parent, {}) if isinstance(node, dict) else None
             if not isinstance(node, dict):
                 problems.append(f"{path}: {'.'.join(parents)} is a value, not a section")
                 continue
             node[leaf] = value
-        return _validate(tree, problems)
+        return _validate(tree, problems, origin="the configuration")
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
@@ -336,11 +376,11 @@ class Config(Section):
         """Reads what `to_json` wrote. Raises ConfigError; `origin` names the source in its message."""
         try:
             tree = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or bytes that aren't text
             raise ConfigError(f"{origin} is not JSON: {error}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{origin} must hold one JSON object, it holds a {type(tree).__name__}")
-        return _validate(tree, [])
+        return _validate(tree, [], origin=origin)
 
     def differences(self, other: Config) -> list[str]:
         """The fields in which two configs differ, as `path: this -> other`."""
@@ -363,22 +403,85 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 # --------------------------------------------------------------------------------------------------- messages
 
 
-def _validate(tree: dict[str, Any], problems: list[str]) -> Config:
+def _problems_between(sections: Mapping[str, Any]) -> list[str]:
+    """What is wrong between sections that are valid by themselves; a section that isn't may be left out."""
+    problems = []
+    data, train, optim, tasks = (sections.get(name) for name in ("data", "train", "optim", "tasks"))
+    if tasks is not None and not any(tasks.values()):
+        problems.append(f"tasks={tasks}: at least one task needs a weight above 0")
+    if data and train and data.batch_size % train.accumulation:
+        problems.append(
+            f"data.batch_size={data.batch_size} must be a multiple of train.accumulation={train.accumulation}"
+        )
+    if train and duration_unit(train.duration) == "%":
+        problems.append(f"train.duration={train.duration} is a share of itself: {_DURATION_HELP}")
+    if train and train.eval_every is not None:
+        if duration_unit(train.eval_every) in ("m", "h"):
+            problems.append(
+                f"train.eval_every={train.eval_every} is wall time: give it in steps, ep, ex or % of the run"
+            )
+        elif not float(train.eval_every.rstrip("epx%")):
+            problems.append(
+                f"train.eval_every={train.eval_every}: give null for none besides before and after"
+            )
+    if optim and duration_unit(optim.warmup) in ("m", "h"):
+        problems.append(f"optim.warmup={optim.warmup} is wall time: give it in steps, ep, ex or % of the run")
+    if train and duration_unit(train.duration) in ("m", "h"):
+        if optim and optim.schedule != "constant":
+            problems.append(
+                f"train.duration={train.duration} is wall time, so the learning rate can't follow it: "
+                f"optim.schedule={optim.schedule} must be constant, or train.duration in steps, ep or ex"
+            )
+        shares = {"train.save_every": train.save_every, "train.eval_every": train.eval_every}
+        if optim:
+            shares["optim.warmup"] = optim.warmup
+        problems += [
+            f"{name}={text} is a share of a run whose steps aren't known: "
+            f"train.duration={train.duration} is wall time"
+            for name, text in shares.items()
+            if text is not None and duration_unit(text) == "%"
+        ]
+    return problems
+
+
+def _task_problems(tree: Mapping[str, Any]) -> list[str]:
     from mmscale.tasks import TASKS  # here, since it brings torch, which `mmscale --help` does without
 
+    tasks, data = tree.get("tasks"), tree.get("data")
+    fields = data.get("fields") if isinstance(data, dict) else None
+    problems = []
+    for name, weight in tasks.items() if isinstance(tasks, dict) else ():
+        if name not in TASKS:
+            problems.append(f"tasks.{name}: no such task{_nearest(name, TASKS)}")
+        elif weight and isinstance(fields, dict):
+            problems += [
+                f"tasks.{name} reads the field {field}, which data.fields lacks; it has {', '.join(fields)}"
+                for field in TASKS[name]().fields
+                if field not in fields
+            ]
+    return problems
+
+
+def _validate(tree: dict[str, Any], problems: list[str], *, origin: str) -> Config:
     config = None
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         problems = [*problems, *_messages(error)]
-    tasks = tree.get("tasks")
-    for name in tasks if isinstance(tasks, dict) else ():
-        if name not in TASKS:
-            problems.append(f"tasks.{name}: no such task{_nearest(name, TASKS)}")
+        broken = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
+        if broken:  # pydantic then doesn't come to what lies between sections
+            types = {name: field.annotation for name, field in Config.model_fields.items() if name in tree}
+            sound = {
+                name: TypeAdapter(kind).validate_python(tree[name])
+                for name, kind in types.items()
+                if kind is not None and name not in broken
+            }
+            problems += _problems_between(sound)
+    problems = [*problems, *_task_problems(tree)]
     if config is None or problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
-        raise ConfigError(f"the configuration has {count}:\n{listed}")
+        raise ConfigError(f"{origin} has {count}:\n{listed}")
     return config
 
 
@@ -391,6 +494,10 @@ def _messages(error: ValidationError) -> list[str]:
             message = f"{name}: no such field{_nearest(path[-1], _known_names(path[:-1]))}"
         elif problem["type"] == "missing":
             message = f"{name}: missing"
+        elif problem["type"] in ("model_type", "dict_type"):
+            known = _known_names(path)
+            inside = f"its fields are {', '.join(known)}" if known else f"give {name}.NAME=value"
+            message = f"{name}={problem['input']!r}: it is a section: {inside}"
         elif problem["type"] == "value_error":
             text = str(problem["ctx"]["error"])
             messages += [f"{name}: {line}" if name else line for line in text.splitlines()]
@@ -401,16 +508,29 @@ def _messages(error: ValidationError) -> list[str]:
     return messages
 
 
-def _known_names(path: list[str]) -> list[str]:
-    """The field names of the section at a path; none where the path leaves the typed sections."""
-    section: Any = Config
+def _annotation(path: list[str]) -> Any:
+    """The type of the field at a path; None where the path leaves the typed sections."""
+    found: Any = Config
     for part in path:
-        if get_origin(section) is dict:
-            section = get_args(section)[1]
-        elif isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields:
-            section = section.model_fields[part].annotation
+        if get_origin(found) is dict:
+            found = get_args(found)[1]
+        elif isinstance(found, type) and issubclass(found, BaseModel) and part in found.model_fields:
+            found = found.model_fields[part].annotation
         else:
-            return []
+            return None
+    return found
+
+
+def _takes_text(annotation: Any) -> bool:
+    """Whether a field of this type may hold any text: str itself, or str among others."""
+    return annotation is str or (
+        get_origin(annotation) is not dict and any(map(_takes_text, get_args(annotation)))
+    )
+
+
+def _known_names(path: list[str]) -> list[str]:
+    """The field names of the section at a path; none where there is no section."""
+    section = _annotation(path)
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
 
 

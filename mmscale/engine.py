@@ -114,7 +114,7 @@ class Engine:
         weight: the task's weight summed over all ranks and parts. The returned 0-d tensor stays on the device; its sum
         over ranks is the loss. A task that couples samples embeds all parts first without keeping activations, takes
         the loss over all of them, and replays each part with the gradient of its embeddings (Gao et al. 2021,
-        gradient cache). step=False leaves the gradients in place, for checks.
+        gradient cache). step=False leaves the gradients in place, for `gradients`; the engine is good for nothing else then.
         """
         assert len(parts) == self.accumulation
         factor = self.world.size / weight  # the engine averages gradients over ranks
@@ -129,8 +129,10 @@ class Engine:
             else:
                 loss = sum_products(embeddings, cached[1][index])
                 total = cached[0]
+            is_last = index == len(parts) - 1
+            self.deepspeed.set_gradient_accumulation_boundary(is_last)
             self.deepspeed.backward(loss, scale_wrt_gas=False)
-            if step:
+            if step or not is_last:
                 self.deepspeed.step()
         return total / self.world.size
 

@@ -7,10 +7,11 @@ parameter, so a test can hold it to account.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -78,21 +79,20 @@ class Writer:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
-        kept = [
-            line for line in _lines(path) if line["step"] <= resume_step
-        ]  # a torn last line isn't JSON and goes too
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
+        write_json_lines(path, [line for line in read_json_lines(path) if line["step"] <= resume_step])
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        # TensorBoard then ignores what lies beyond in older files. A run that starts over evaluates at step 0 again.
+        self._board = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(known) + "\n")
         self._file.flush()
         for name, value in line.items():
             if isinstance(value, int | float) and name != "step":
                 place = name if "/" in name else f"train/{name}"
                 self._board.add_scalar(place, value, line["step"])
+        self._board.flush()  # else two minutes of curves are lost with a process that is killed
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -108,15 +108,23 @@ class Writer:
         self._board.close()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file up to the first damaged line: a process that was killed tears the last one."""
+    lines: list[dict[str, Any]] = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:
                 break
     return lines
+
+
+def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces a JSON lines file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
 
 
 class ProgressBar:
@@ -141,26 +149,28 @@ class ProgressBar:
 
     def _log(self, event: Event) -> None:
         step, total = event["step"], event["total_steps"]
-        facts = {
-            "loss": f"{event['loss']:.3f}",
-            "samples/s": f"{event['samples_per_s']:.0f}",
-            "data wait": f"{event['data_wait_frac']:.0%}",
-        }
-        eta = "?" if event["eta_s"] is None else clock_text(event["eta_s"])
+        facts = [
+            f"loss {event['loss']:.3f}",
+            f"{event['samples_per_s']:.0f} samples/s",
+            f"data wait {event['data_wait_frac']:.0%}",
+            f"ETA {'?' if event['eta_s'] is None else clock_text(event['eta_s'])}",
+        ]
         if not self._stream.isatty():
-            said = ", ".join(f"{name} {value}" for name, value in facts.items())
-            print(f"step {step}/{total or '?'}: {said}, ETA {eta}", file=self._stream, flush=True)
+            place = str(step) if total is None else f"{step}/{total}"
+            print(f"step {place}: {', '.join(facts)}", file=self._stream, flush=True)
             return
         if self._bar is None:
+            place = "step {n}" if total is None else "{percentage:3.0f}% |{bar:10}| {n}/{total}"
+            # The facts travel as the description: tqdm puts a comma before a postfix.
             self._bar = tqdm(
                 total=total,
                 file=self._stream,
-                initial=step,
                 dynamic_ncols=True,
-                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {postfix}]",
+                bar_format=place + "  {desc}",
+                mininterval=0,
             )
         self._bar.n = step
-        self._bar.set_postfix_str(f"{eta}, " + ", ".join(f"{k} {v}" for k, v in facts.items()), refresh=True)
+        self._bar.set_description_str("  ".join(facts), refresh=True)
 
     def close(self) -> None:
         if self._bar is not None:

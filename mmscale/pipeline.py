@@ -10,6 +10,7 @@ from mmscale.config import AugmentConfig, Config
 from mmscale.data import Batch, Field, ShardStream
 from mmscale.data.augment import image_augment, spectrogram_augment
 from mmscale.data.batch import TensorBatch
+from mmscale.errors import ConfigError, UserError
 from mmscale.models import Model
 from mmscale.world import World
 
@@ -23,6 +24,7 @@ def _augmentation(config: AugmentConfig, modality: str) -> Callable[..., Any] | 
 
 
 def make_schema(config: Config, model: Model, names: Collection[str], *, augment: bool) -> dict[str, Field]:
+    """What the stream must know of the named fields to read and decode them."""
     schema = {}
     for name in names:
         field = config.data.fields[name]
@@ -40,13 +42,24 @@ def collate(model: Model, batch: Batch) -> TensorBatch:
     return {name: model.modality(name).collate(batch[name]) for name in batch.names}
 
 
+def _open(shards: str | list[str], *, setting: str, **options: Any) -> ShardStream:
+    """A stream over what a user named as shards: what the stream says against it, the message says of the setting."""
+    try:
+        return ShardStream(shards, **options)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{setting}={shards}: {error}") from None
+
+
 def train_stream(
     config: Config, model: Model, world: World, *, select: Callable[[int], Collection[str]]
 ) -> ShardStream:
     """The endless training stream of this rank; select names the fields that a step reads."""
     data = config.data
-    return ShardStream(
+    return _open(
         data.train,
+        setting="data.train",
         batch_size=data.batch_size,
         seed=config.run.seed,
         rank=world.rank,
@@ -71,8 +84,9 @@ def eval_stream(
     """One pass over held-out shards in a fixed, mixed order; fillers of the last batch are not `valid`."""
     data = config.data
     per_rank = -(-config.evals.batch_size // world.size)
-    return ShardStream(
+    return _open(
         shards,
+        setting="the evaluation's shards",
         batch_size=per_rank * world.size,
         rank=world.rank,
         world_size=world.size,

@@ -16,24 +16,27 @@ def predict(
 ) -> list[dict[str, Any]]:
     """The task's answer for each input of its first field: {"input": ..., "answer": ...}.
 
-    images and audios are files. A ranking's entries name the ranked input. Raises ConfigError where an input is missing
-    or not of the task's kind, DataError for a file that can't be read.
+    images and audios are files. A ranking's entries name the ranked input. Raises ConfigError where an input is missing,
+    empty or not of the task's kind, DataError for a file that can't be read.
     """
     task = TASKS[task_name]()
     given = {"image": images, "audio": audios, "text": texts}
     kinds = [model.fields[name] for name in task.fields]
-    surplus = [kind for kind, values in given.items() if values and kind not in kinds]
-    if surplus:
-        raise ConfigError(f"{task_name} reads {' and '.join(kinds)}: leave out --{surplus[0]}")
+    wanted = kinds[:-1] if task.generates else kinds  # what a task generates isn't given to it
+    surplus = [f"--{kind}" for kind, values in given.items() if values and kind not in wanted]
+    missing = [f"--{kind}" for kind in wanted if not given[kind]]
+    if surplus or missing:
+        advice = [
+            f"{verb} {' and '.join(names)}"
+            for verb, names in (("leave out", surplus), ("give", missing))
+            if names
+        ]
+        raise ConfigError(f"--task {task_name} reads {' and '.join(wanted)}: {', '.join(advice)}")
     batch = {}
-    for name, kind in zip(task.fields, kinds, strict=True):
-        if given[kind]:
-            modality = model.modality(name)
-            batch[name] = modality.collate([_read(modality, kind, value) for value in given[kind]])
-    try:
-        answers = task.predict(model, batch)
-    except ValueError as error:
-        raise ConfigError(f"{error}; give it with --{' or --'.join(kinds)}") from None
+    for name, kind in zip(task.fields, wanted, strict=False):
+        modality = model.modality(name)
+        batch[name] = modality.collate([_read(modality, kind, value) for value in given[kind]])
+    answers = task.predict(model, batch)
     ranked = given[kinds[1]]
     lines = []
     for value, answer in zip(given[kinds[0]], answers, strict=True):
@@ -45,7 +48,13 @@ def predict(
 
 def _read(modality: Any, kind: str, value: str) -> Any:
     if kind == "text":
-        return modality.read(value.encode())
+        try:
+            tokens = modality.read(value.encode())
+        except UnicodeError:  # bytes of the command line that aren't UTF-8
+            raise ConfigError(f"--text {value!r} is not UTF-8") from None
+        if not len(tokens):
+            raise ConfigError(f"--text {value!r} is empty")
+        return tokens
     try:
         return modality.read(Path(value).read_bytes())
     except OSError as error:

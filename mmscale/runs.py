@@ -1,40 +1,69 @@
 """A run's folder: who may use it, what was evaluated, one log for each rank.
 
 `open_run` claims `runs/NAME`: an unfinished run of the same config is gone on with, a finished one is left alone and the
-next free name taken, and an unfinished one of another config is refused with the differences in words.
+next free name taken, and an unfinished one of another config is refused with the differences in words, unless it has no
+checkpoint yet: then there is nothing to lose, and the folder is taken over.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from mmscale.checkpoint import complete
 from mmscale.config import Config, load_config
 from mmscale.errors import ConfigError, UserError
-from mmscale.metrics import Event, Writer
+from mmscale.metrics import Event, Writer, read_json_lines, write_json_lines
 from mmscale.tasks.base import Metric
 from mmscale.world import World
 
-# What may differ between a run and its resumption without changing what is computed.
-FREE_TO_CHANGE = ("run.resume", "run.name", "run.dir", "launch.", "data.threads", "data.prefetch", "data.cache_mb")
+# What may differ between a run and its resumption without changing what is computed from good samples.
+FREE_TO_CHANGE = (
+    "run.resume:",
+    "run.name:",
+    "run.dir:",
+    "launch.",
+    "data.threads:",
+    "data.prefetch:",
+    "data.cache_mb:",
+    "data.on_error:",
+    "data.error_budget:",
+    "train.log_every:",
+    "train.save_every:",
+    "train.keep_checkpoints:",
+    "engine.timeout:",
+)
 
 
 class Run:
-    """The folder of a run as one rank sees it. Only rank 0 writes into it, but for the rank's own log."""
+    """The folder of a run as one rank sees it. Only rank 0 writes into it, but for the rank's own log.
 
-    def __init__(self, folder: Path, *, rank: int) -> None:
-        self.folder, self.rank = folder, rank
+    lock: on rank 0, what keeps other processes out until `close`.
+    """
+
+    def __init__(self, folder: Path, *, rank: int, lock: TextIO | None = None) -> None:
+        self.folder, self.rank, self._lock = folder, rank, lock
         self.checkpoints = folder / "checkpoints"
         self.emit: Callable[[Event], None] = lambda event: None
         self._log = folder / "logs" / f"rank-{rank}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
 
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
     def log(self, text: str) -> None:
-        with self._log.open("a", encoding="utf-8") as file:
+        # A log must not end what it tells of, as on a full disk.
+        with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def say(self, text: str) -> None:
@@ -58,38 +87,40 @@ class Run:
         entry = {
             "step": step,
             "set": name,
-            "tasks": {task: {k: m._asdict() for k, m in metrics.items()} for task, metrics in results.items()},
+            "tasks": {
+                task: {k: m._asdict() for k, m in metrics.items()} for task, metrics in results.items()
+            },
         }
-        with (self.folder / "evals.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        write_json_lines(self.folder / "evals.jsonl", [*self.evaluations(), entry])
         if writer is not None:
             writer.scalars(
                 step,
-                {f"eval/{name}/{t}/{k}": m.value for t, metrics in results.items() for k, m in metrics.items()},
+                {
+                    f"eval/{name}/{t}/{k}": m.value
+                    for t, metrics in results.items()
+                    for k, m in metrics.items()
+                },
             )
         self.emit({"event": "eval", **entry})
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far; of two at one step and set, as a restart makes them, the later one."""
-        path = self.folder / "evals.jsonl"
-        if not path.is_file():
-            return []
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        entries = read_json_lines(self.folder / "evals.jsonl")
         return list({(entry["step"], entry["set"]): entry for entry in entries}.values())
 
 
 def open_run(config: Config, world: World) -> Run:
     """Claims the run's folder. Collective: rank 0 decides. Raises ConfigError on every rank."""
-    folder, error = None, None
+    folder, lock, error = None, None, None
     if world.rank == 0:
         try:
-            folder = _claim(config)
+            folder, lock = _claim(config)
         except OSError as caught:
             error = ConfigError(f"the run's folder can't be made: {caught}")
         except ConfigError as caught:
             error = caught
     world.agree(error)
-    return Run(world.gather(folder)[0], rank=world.rank)
+    return Run(world.gather(folder)[0], rank=world.rank, lock=lock)
 
 
 def run_folder(config: Config) -> Path:
@@ -100,17 +131,24 @@ def is_finished(folder: Path) -> bool:
     return (folder / "report.json").is_file()
 
 
-def _claim(config: Config) -> Path:
-    first = run_folder(config)
+def _claim(config: Config) -> tuple[Path, TextIO]:
+    first, resume = run_folder(config), config.run.resume
     folder, number = first, 1
-    while (folder / "config.json").is_file() and (is_finished(folder) or config.run.resume == "never"):
+    while (folder / "config.json").is_file() and (is_finished(folder) or resume == "never"):
         if config.run.dir is not None:
-            raise ConfigError(f"run.dir={folder} holds a finished run; give another, or none")
-        if config.run.resume == "must":
-            raise ConfigError(f"run.resume=must: the run in {folder} is finished")
+            state = "a finished run" if is_finished(folder) else "a run, and run.resume=never"
+            raise ConfigError(
+                f"run.dir={folder} holds {state}: give another folder, or run.name in its place"
+            )
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
-    if (folder / "config.json").is_file():
+    saved = complete(folder / "checkpoints")
+    if resume == "must" and not saved:
+        finished = f"; {first} is finished" if is_finished(first) else ""
+        raise ConfigError(f"run.resume=must: there is no checkpoint to resume from in {folder}{finished}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    if saved:
         before = load_config(folder / "config.json")
         changed = [d for d in before.differences(config) if not d.startswith(FREE_TO_CHANGE)]
         if changed:
@@ -119,9 +157,55 @@ def _claim(config: Config) -> Path:
                 f"{folder} holds an unfinished run of another configuration:\n  {listed}\n"
                 "give the same one to go on with it, run.name=... for another folder, or run.resume=never"
             )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "config.json.tmp"
-        temporary.write_text(config.to_json(), encoding="utf-8")
-        temporary.rename(folder / "config.json")
-    return folder
+        return folder, lock
+    for left in ("metrics.jsonl", "evals.jsonl"):  # of a run that ended before its first checkpoint
+        (folder / left).unlink(missing_ok=True)
+    for left_events in folder.glob("events.out.tfevents.*"):
+        left_events.unlink()
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(config.to_json(), encoding="utf-8")
+    temporary.rename(folder / "config.json")
+    return folder, lock
+
+
+def _lock(folder: Path, *, patience_s: float = 5.0) -> TextIO:
+    """Keeps other processes out of a run's folder, until the file is closed or this process ends, however it ends.
+
+    patience_s: how long one that was just killed may take to go.
+    """
+    file = (folder / "lock").open("a+", encoding="utf-8")
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise ConfigError(
+                    f"{folder} is in use by {file.read().strip() or 'another process'}: "
+                    "wait for it, or give run.name=... for another folder"
+                ) from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+class StopRequest:
+    """Set by SIGTERM until `close`, where signals reach us: only the main thread may listen."""
+
+    def __init__(self) -> None:
+        self.requested, self._before = False, None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._request)
+
+    def close(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True

@@ -7,11 +7,8 @@ the very next sample.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +21,9 @@ from mmscale.errors import ConfigError, Preempted, UserError
 from mmscale.evals.evaluate import evaluate
 from mmscale.evals.report import write_report
 from mmscale.metrics import Event, Window, Writer, peak_memory_gib
-from mmscale.models import Model
 from mmscale.optim import learning_rate
 from mmscale.pipeline import train_stream
-from mmscale.runs import Run, open_run
+from mmscale.runs import Run, StopRequest, open_run
 from mmscale.tasks import TASKS, Task, model_for, schedule
 from mmscale.world import World, close_world, init_world
 
@@ -38,15 +34,14 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> di
     on_event is called on rank 0 with what a terminal shows: {"event": "message" | "log" | "eval" | "save", ...}.
     Raises ConfigError, DataError, CheckpointError and Preempted (with a checkpoint saved), on every rank the same.
     """
-    world = init_world(
-        device=config.run.device, threads=config.run.threads, timeout=config.engine.timeout
-    )
+    world = init_world(device=config.run.device, threads=config.run.threads, timeout=config.engine.timeout)
     run: Run | None = None
+    stop = StopRequest()
     try:
         _check_world(config, world)
         run = open_run(config, world)
         run.emit = on_event if on_event is not None and world.rank == 0 else run.emit
-        report = _train(config, world, run)
+        report = _train(config, world, run, stop)
     except BaseException as error:
         if run is not None:
             run.record(error)
@@ -55,6 +50,9 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> di
         run.log(f"finished at step {report['step']}")
         return report
     finally:
+        if run is not None:
+            run.close()
+        stop.close()
         close_world()
 
 
@@ -69,7 +67,7 @@ def _check_world(config: Config, world: World) -> None:
         )
 
 
-def _train(config: Config, world: World, run: Run) -> dict[str, Any]:
+def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[str, Any]:
     model = model_for(config)
     tasks = {name: TASKS[name]() for name, weight in config.tasks.items() if weight > 0}
     stream = train_stream(
@@ -121,7 +119,6 @@ def _train(config: Config, world: World, run: Run) -> dict[str, Any]:
         )
 
     writer = Writer(run.folder, resume_step=step) if world.rank == 0 else None
-    stop = _StopRequest()
 
     def run_evaluation(at: int) -> None:
         resume = window.pause()
@@ -169,7 +166,9 @@ def _train(config: Config, world: World, run: Run) -> dict[str, Any]:
         out_of_time = limit.seconds is not None and clock >= limit.seconds and world.rank == 0
         save_by_clock = save_every.seconds is not None and time.monotonic() - last_save >= save_every.seconds
         save_by_clock = save_by_clock and world.rank == 0
-        sums = world.sum([error is not None, stop.requested, out_of_time, save_by_clock, rows, weight, tokens])
+        sums = world.sum(
+            [error is not None, stop.requested, out_of_time, save_by_clock, rows, weight, tokens]
+        )
         failed, stopped, ended, save_now, all_rows, all_weight, all_tokens = sums
         if failed:
             world.agree(error)
@@ -281,15 +280,3 @@ def _mean_losses(pending: list[tuple[str, torch.Tensor]], world: World) -> dict[
     for (name, _), value in zip(pending, values, strict=True):
         groups.setdefault(name, []).append(value)
     return {name: sum(group) / len(group) for name, group in groups.items()}
-
-
-class _StopRequest:
-    """Set by SIGTERM, where signals reach us: only the main thread may listen."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._request)
-
-    def _request(self, number: int, frame: object) -> None:
-        self.requested = True

@@ -1,23 +1,35 @@
-"""Worker functions for the launcher's tests, in the place of `mmscale.train.train`: each shows one way to end.
+"""Worker functions for the launcher's tests, in the place of `mmscale.train.train`: each ends in its own way.
 
-They find their own folder in config.run.dir, and leave a file `attempt-N-rank-R` there for each time they were run.
+They leave a file `attempt-N-rank-R` in config.run.dir for each time they were run.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from mmscale.config import Config
 from mmscale.errors import DataError, Preempted
 
 OnLog = Callable[[dict[str, Any]], None] | None
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+NAMES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "DS_ACCELERATOR",
+)
 
 
 class TwoPartError(DataError):
@@ -37,16 +49,15 @@ def _begin(config: Config) -> tuple[int, int]:
     return rank, attempt
 
 
-def _join_group() -> None:
-    import torch.distributed as dist
+def _join_group() -> Any:
+    import torch.distributed as dist  # takes seconds, which most of these do without
 
     dist.init_process_group("gloo")
+    return dist
 
 
 def environment(config: Config, on_log: OnLog = None) -> dict[str, Any]:
-    """Every rank's environment, by way of files; needs no torch."""
-    import ray
-
+    """What every rank finds, by way of files; needs no torch."""
     rank, _ = _begin(config)
     report: dict[str, Any] = {name: os.environ.get(name) for name in (*NAMES, "OMP_NUM_THREADS")}
     report |= {
@@ -60,17 +71,16 @@ def environment(config: Config, on_log: OnLog = None) -> dict[str, Any]:
         if on_log is not None:
             on_log({"event": "log", "step": step, "total_steps": 3})
     folder = Path(config.run.dir or ".")
-    (folder / f"report-{rank}.json").write_text(__import__("json").dumps(report))
+    (folder / f"report-{rank}.json").write_text(json.dumps(report))
     return report
 
 
 def killed_once(config: Config, on_log: OnLog = None) -> dict[str, Any]:
     """Sums over all ranks in each of 20 steps; in the first attempt rank 1 is killed at step 5."""
-    import torch
-    import torch.distributed as dist
-
     rank, attempt = _begin(config)
-    _join_group()
+    dist = _join_group()
+    import torch
+
     for step in range(20):
         if (rank, attempt, step) == (1, 1, 5):
             print("about to be killed", file=sys.stderr, flush=True)
@@ -85,15 +95,11 @@ def killed_once(config: Config, on_log: OnLog = None) -> dict[str, Any]:
 
 
 def stuck(config: Config, on_log: OnLog = None) -> dict[str, Any]:
-    """All ranks but the last wait for it in a collective, with a child each; it raises, the first two times."""
-    import subprocess
-
+    """All ranks but the last wait for it in a collective, with a child each; it raises, each time."""
     rank, attempt = _begin(config)
     child = subprocess.Popen(["sleep", "600"])
     (Path(config.run.dir or ".") / f"child-{attempt}-{rank}").write_text(str(child.pid))
-    _join_group()
-    import torch.distributed as dist
-
+    dist = _join_group()
     if rank == dist.get_world_size() - 1:
         time.sleep(0.5)  # the others are in the barrier by now
         raise ZeroDivisionError(f"a bug of the model, at {id(child):#x}")
@@ -144,3 +150,13 @@ def talkative(config: Config, on_log: OnLog = None) -> dict[str, Any]:
         if on_log is not None:
             on_log({"event": "log", "step": step})
     return {"seconds": time.perf_counter() - begin}
+
+
+def until_node_lost(config: Config, on_log: OnLog = None) -> dict[str, Any]:
+    """Waits in the first attempt to be lost with its node; later ones are done at once."""
+    _, attempt = _begin(config)
+    if on_log is not None:
+        on_log({"event": "start", "node": ray.get_runtime_context().get_node_id()})
+    if attempt == 1:
+        time.sleep(600)
+    return {"attempt": attempt}

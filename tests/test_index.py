@@ -158,7 +158,7 @@ def test_fingerprint_is_of_names_and_sizes(tmp_path: Path) -> None:
 
 
 def test_every_cut_is_noticed(tmp_path: Path) -> None:
-    """Wherever the tar is cut, up to the end-of-archive marker: inside a header, a body, or between members."""
+    """Wherever the tar is cut before the end-of-archive marker: in a header, a body, or between members."""
     whole = write_tar(tmp_path / "s.tar", [("a.txt", b"x" * 700), ("b.txt", b"y")]).read_bytes()
     path = tmp_path / "cut.tar"
     marker = 512 + 1024 + 512 + 512

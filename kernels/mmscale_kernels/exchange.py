@@ -199,11 +199,12 @@ class Peers:
         _reduce_scatter(mine, everyone, group=self.group)
         return mine[: sizes[self.rank]]
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks in the order of ranks, so that every rank gets the same bits."""
+    def sum(self, values: list[Tensor]) -> list[Tensor]:
+        """Sum 0-d tensors over ranks, in the order of ranks, so that every rank gets the same bits."""
         if self.group is None:
             return values
-        return self.gather(values[None], [1] * self.world_size).sum(0)
+        total = self.gather(torch.stack(values)[None], [1] * self.world_size).sum(0)
+        return [value.clone() for value in total]
 
     def logsumexp(self, lse: Tensor) -> Tensor:
         """Combine log-sum-exps over disjoint parts of a sum, one part a rank; -inf stands for an empty

@@ -335,11 +335,11 @@ class _Batch:
             total = weights.sum()
             weights = weights * torch.where(total > 0, 1 / total, 0.0)
             return weights[own], weights
-        share = 1 / self.num_rows
-        columns = x.new_full((self.num_columns,), share, dtype=self.exact)
+        columns = x.new_full((self.num_columns,), 1 / self.num_rows, dtype=self.exact)
         for start, rows, length in zip(peers.column_starts, peers.num_rows, peers.num_columns, strict=True):
-            columns[start + rows : start + length] = 0.0  # negatives only
-        return x.new_full((len(x),), share, dtype=self.exact), columns
+            if rows < length:
+                columns[start + rows : start + length] = 0.0  # negatives only
+        return columns[peers.first_column : peers.first_column + len(x)], columns
 
     def _labels(self) -> tuple[Tensor | None, Tensor | None]:
         labels, peers = self.arguments.labels, self.peers
@@ -352,7 +352,9 @@ class _Batch:
         smoothing, peers = self.arguments.label_smoothing, self.peers
         rows, columns = self.mean_weights()
         rows, columns = rows / 2, columns / 2
-        row_share, column_share = rows * (1 - smoothing), columns * (1 - smoothing)
+        row_share, column_share = rows, columns
+        if smoothing:
+            row_share, column_share = rows * (1 - smoothing), columns * (1 - smoothing)
         row_labels, labels = self._labels()
         if labels is not None:
             # Counted by two searches of the sorted labels: unlike unique, this needs no synchronisation on a
@@ -393,18 +395,20 @@ class _Batch:
             add(start, block, None)
         return None
 
-    def results(self, total: Tensor, scale: Tensor, dx: Tensor | None, dy: Tensor | None) -> list[Tensor]:
-        """loss, dx, dy and the gradients of the scalars, from sums over ranks and gradients without the
-        scale."""
+    def results(
+        self, sums: list[Tensor], scale: Tensor, dx: Tensor | None, dy: Tensor | None
+    ) -> list[Tensor]:
+        """loss, dx, dy and the scalars' gradients, from this rank's sums and gradients without the scale."""
         x, y = self.arguments.x, self.arguments.y
         dtype = compute_dtype(x.dtype)
         # The mean over ranks divides by the number of ranks what only one of them has.
         factor = scale * self.peers.world_size
+        loss, *scalars = self.peers.sum(sums)
         return [
-            total[0].to(dtype),
+            loss.to(dtype),
             x.new_empty(0, dtype=dtype) if dx is None else dx.mul_(factor),
             y.new_empty(0, dtype=dtype) if dy is None or not self.want_dy else dy.mul_(factor),
-            *(value.clone() for value in total[1:]),
+            *scalars,
         ]
 
 
@@ -438,32 +442,35 @@ def _contrastive(arguments: _Arguments, batch: _Batch, targets: Targets, form: M
     scale = arguments.scale.detach().to(dtype)
     columns = batch.peers.columns(y, arguments.exchange)
     keep = batch.anyone_wants and columns.num_blocks == 1
-    row_lse = x.new_full((len(x),), -torch.inf, dtype=batch.exact)
-    column_lse = x.new_full((batch.num_columns,), -torch.inf, dtype=batch.exact)
-    total = row_lse.new_zeros(2)  # loss, gradient of the scale
-    found = None
+    found: list[tuple[int, Statistics]] = []
     for start, block in columns.blocks():
-        stop = start + len(block)
-        found = form.statistics(x, block, scale, targets.columns(start, stop), keep=keep)
-        row_lse = torch.logaddexp(row_lse, found.row_lse)
-        column_lse[start:stop] = found.column_lse
-        total[0] -= found.positive
-    kept = found.kept if found is not None and keep else None
+        part = targets.columns(start, start + len(block))
+        found.append((start, form.statistics(x, block, scale, part, keep=keep)))
+    first = found[0][1]
+    row_lse, column_lse, positive = first.row_lse, first.column_lse, first.positive
+    if len(found) > 1:
+        row_lse = torch.stack([statistics.row_lse for _, statistics in found]).logsumexp(0)
+        # Every rank begins with its own block.
+        found.sort(key=lambda pair: pair[0])
+        column_lse = torch.cat([statistics.column_lse for _, statistics in found])
+        positive = torch.stack([statistics.positive for _, statistics in found]).sum()
     column_lse = batch.peers.logsumexp(column_lse)
     # Every rank has all columns' log-sum-exps now, so each adds an equal part of their sum.
-    total[0] += targets.row_weight @ row_lse + targets.column_weight @ column_lse / batch.peers.world_size
+    loss = targets.row_weight @ row_lse - positive
+    loss += targets.column_weight @ column_lse / batch.peers.world_size
 
+    dscale = torch.zeros_like(loss)
     dx = torch.zeros_like(x, dtype=dtype) if batch.want_dx else None
     dy = None
 
     def add(start: int, block: Tensor, dy_block: Tensor | None) -> None:
         stop = start + len(block)
-        whole = Statistics(row_lse, column_lse[start:stop], total[0], kept)
-        total[1] += form.gradients(x, block, scale, targets.columns(start, stop), whole, dx=dx, dy=dy_block)
+        whole = Statistics(row_lse, column_lse[start:stop], positive, first.kept)
+        dscale.add_(form.gradients(x, block, scale, targets.columns(start, stop), whole, dx=dx, dy=dy_block))
 
     if batch.anyone_wants:
         dy = batch.sweep(columns, add)
-    return batch.results(batch.peers.sum(total), scale, dx, dy)
+    return batch.results([loss, dscale], scale, dx, dy)
 
 
 @torch.library.custom_op("mmscale::sigmoid_loss", mutates_args=())
@@ -495,16 +502,18 @@ def _sigmoid(arguments: _Arguments, batch: _Batch, targets: Targets, form: Modul
     dtype = compute_dtype(x.dtype)
     scale, bias = arguments.scale.detach().to(dtype), arguments.bias.detach().to(dtype)
     dx = torch.zeros_like(x, dtype=dtype) if batch.want_dx else None
-    total = x.new_zeros(3, dtype=batch.exact)  # loss, gradients of scale and bias
+    sums = [x.new_zeros((), dtype=batch.exact) for _ in range(3)]  # loss, gradients of scale and bias
 
     def add(start: int, block: Tensor, dy_block: Tensor | None) -> None:
         part = targets.columns(start, start + len(block))
-        total.add_(
-            form.sigmoid(x, block, scale, bias, part, dx=dx, dy=dy_block, want_gradients=batch.anyone_wants)
+        found = form.sigmoid(
+            x, block, scale, bias, part, dx=dx, dy=dy_block, want_gradients=batch.anyone_wants
         )
+        for total, value in zip(sums, found, strict=True):
+            total.add_(value)
 
     dy = batch.sweep(batch.peers.columns(y, arguments.exchange), add)
-    return batch.results(batch.peers.sum(total), scale, dx, dy)
+    return batch.results(sums, scale, dx, dy)
 
 
 def _fake(x: Tensor, y: Tensor, want_dx: bool, want_dy: bool, num_scalars: int) -> tuple[Tensor, ...]:

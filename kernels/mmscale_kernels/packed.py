@@ -1,15 +1,19 @@
 """Attention over one packed buffer: the operator that a trunk runs in every layer.
 
-All tokens of a batch lie in one buffer of T columns, cut into segments: one for each modality, valid tokens first and
+All tokens of a batch lie in one buffer of T columns, cut into segments: one for each modality, valid tokens
+first and
 padding last in each, and perhaps a causal one (the target of generation) at the end::
 
     qkv = project(x).view(B, T, num_heads + 2 * num_kv_heads, D)
     out = packed_attention(qkv, num_heads=8, offsets=(0, 50), lengths=lengths, causal=(False, True))
 
-The queries, keys and values are read where they lie, and the backward pass writes one gradient buffer for all of them. `cross_modal_attention` is
-the same mathematics for tensors that live apart; its price inside a trunk would be a gradient buffer for every slice.
+The queries, keys and values are read where they lie, and the backward pass writes one gradient buffer for
+all of them. `cross_modal_attention` is
+the same mathematics for tensors that live apart; its price inside a trunk would be a gradient buffer for
+every slice.
 
-The trade-off: the layout is rigid. Every sample has the same segment starts, and what a segment sees is decided by
+The trade-off: the layout is rigid. Every sample has the same segment starts, and what a segment sees is
+decided by
 its place in the table, not by a mask.
 """
 
@@ -24,8 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmscale_kernels import tiled_attention as tiled
-from mmscale_kernels.dispatch import Decision, choose, register_decision
+from . import tiled_attention as tiled
+from .dispatch import Decision, choose, register_decision
 
 # Finite, so that softmax over nothing but padding is a number; such rows are zeroed afterwards.
 _MASKED = -1e30
@@ -48,16 +52,23 @@ def packed_attention(
 ) -> Tensor:
     """Attend within a packed buffer; see the module's docstring for the layout.
 
-    qkv: (B, T, num_heads + 2 * num_kv_heads, D), heads in the order query, key, value; fp64, fp32, bf16 or fp16;
-        unit stride in D, any strides otherwise. num_kv_heads follows from the shape and divides num_heads. What padding holds has to be finite.
-    offsets: first column of each of the S segments, ascending from 0; a segment ends where the next one begins.
-    lengths: (B, S) int32 or int64, valid tokens of each segment; 0 is allowed. On a device they are clamped.
-    causal: S bools, all False but perhaps the last. Queries of a non-causal segment see the valid keys of all non-causal segments;
+    qkv: (B, T, num_heads + 2 * num_kv_heads, D), heads in the order query, key, value; fp64, fp32, bf16 or
+        fp16;
+        unit stride in D, any strides otherwise. num_kv_heads follows from the shape and divides num_heads.
+        What padding holds has to be finite.
+    offsets: first column of each of the S segments, ascending from 0; a segment ends where the next one
+        begins.
+    lengths: (B, S) int32 or int64, valid tokens of each segment; 0 is allowed. On a device they are
+        clamped, unless MMSCALE_CHECK=1.
+    causal: S bools, all False but perhaps the last. Queries of a non-causal segment see the valid keys of
+        all non-causal segments;
         queries of the causal one see those and, causally, their own segment.
-    gates: (S, H) or (B, S, H), added to every logit of the keys of a segment (the log weight of a modality); differentiable.
+    gates: (S, H) or (B, S, H), added to every logit of the keys of a segment (the log weight of a
+        modality); differentiable.
     scale: factor of the logits, D ** -0.5 by default.
 
-    Returns (B, T, H, D), contiguous, of qkv's dtype. Rows past a segment's length, and queries that see no valid key, are 0 and get gradient 0. Softmax and sums
+    Returns (B, T, H, D), contiguous, of qkv's dtype. Rows past a segment's length, and queries that see no
+    valid key, are 0 and get gradient 0. Softmax and sums
     are fp32 (fp64 for fp64). Deterministic, forward and backward. Raises ValueError on bad input.
     """
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
@@ -186,7 +197,9 @@ def _packed_backward(
         grad_out = grad_out.contiguous()
     table = _table(offsets, causal, qkv.shape[1], qkv.device)
     if _choose(qkv, backend or None).backend == "triton":
-        by_column = _triton_backward(grad_out, qkv, out, lse, num_heads, table, lengths, gates, scale, grad_qkv)
+        by_column = _triton_backward(
+            grad_out, qkv, out, lse, num_heads, table, lengths, gates, scale, grad_qkv
+        )
         if gates is not None and by_column is not None:
             if gates.dim() == 2:
                 by_column = by_column.sum(0, keepdim=True)
@@ -304,16 +317,20 @@ class _Table:
     step: Tensor  # (T,) the place of a column in its segment
     starts: Tensor  # (S,) int32
     full: Tensor  # (S,) widths
-    ahead: Tensor | None  # (1, 1, T, T) additive, for few columns: 0 where a query's segment and causality let it see a key
+    ahead: (
+        Tensor | None
+    )  # (1, 1, T, T) additive, for few columns: 0 where a query's segment and causality let it see a key
 
     def valid(self, lengths: Tensor) -> Tensor | None:
-        """Return which columns hold tokens, (B, T) bool; None if all do, which costs no wait on the CPU alone."""
-        if lengths.device.type == "cpu" and torch.equal(lengths, self.full.to(lengths.dtype).expand_as(lengths)):
+        """Return which columns hold tokens, (B, T) bool; None if all do (asked on the CPU alone)."""
+        if lengths.device.type == "cpu" and torch.equal(
+            lengths, self.full.to(lengths.dtype).expand_as(lengths)
+        ):
             return None
         return self.step < lengths[:, self.segment]
 
     def ranges(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first and one past the last valid column of each segment, (B, S) int32, whatever lengths holds."""
+        """Return the first valid column of each segment and the one past the last, (B, S) int32, clamped."""
         begin = self.starts.expand(lengths.shape).contiguous()
         return begin, begin + torch.minimum(lengths, self.full).to(torch.int32)
 
@@ -334,7 +351,9 @@ def _cached_table(offsets: tuple[int, ...], causal: bool, columns: int, device: 
     if device.type == "cpu" and 0 < prefix < columns <= _FEW_COLUMNS:
         hidden = (column >= prefix) & (column > column[:, None])
         ahead = torch.zeros(1, 1, columns, columns).masked_fill_(hidden, _MASKED)
-    return _Table(full.tolist(), prefix, segment.to(device), step.to(device), starts.to(device), full.to(device), ahead)
+    return _Table(
+        full.tolist(), prefix, segment.to(device), step.to(device), starts.to(device), full.to(device), ahead
+    )
 
 
 def _gate_bias(gates: Tensor | None, table: _Table) -> Tensor | None:
@@ -375,6 +394,7 @@ def _flash_calls(qkv: Tensor, num_heads: int, table: _Table, valid: Tensor | Non
     if valid is not None and prefix:
         padding = torch.where(valid[:, None, None], 0.0, _MASKED).to(dtype)
 
+    mask: Tensor | None = None
     spans: list[tuple[slice, int, Tensor | None, bool]] = []
     if prefix == columns:
         spans.append((slice(0, columns), columns, padding, False))
@@ -433,7 +453,7 @@ def _tiled_calls(
 def _triton_forward(
     qkv: Tensor, num_heads: int, table: _Table, lengths: Tensor, gates: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    from mmscale_kernels import triton_attention
+    from . import triton_attention
 
     query, key, value = _views(qkv, num_heads)
     out = torch.empty(query.shape, dtype=qkv.dtype, device=qkv.device)
@@ -468,7 +488,7 @@ def _triton_backward(
     scale: float,
     grad_qkv: Tensor,
 ) -> Tensor | None:
-    from mmscale_kernels import triton_attention
+    from . import triton_attention
 
     query, key, value = _views(qkv, num_heads)
     grad_query, grad_key, grad_value = _views(grad_qkv, num_heads)
@@ -579,7 +599,7 @@ def _check(
         )
     if lengths.device != qkv.device:
         raise ValueError(f"lengths lies on {lengths.device}; it needs qkv's device, {qkv.device}")
-    if lengths.device.type == "cpu" and lengths.numel():
+    if tiled.readable(lengths) and lengths.numel():
         widths = [stop - start for start, stop in zip(offsets, [*offsets[1:], columns], strict=True)]
         low, high = lengths.aminmax(dim=0)
         if min(low.tolist()) < 0 or any(n > width for n, width in zip(high.tolist(), widths, strict=True)):

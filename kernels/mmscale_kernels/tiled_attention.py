@@ -1,11 +1,15 @@
 """Tiled attention in plain torch: the engine behind backend "torch" of both attention operators.
 
-`attend` and `attend_backward` work on tiles of (some samples, some query rows, some keys) that are sized to stay
-in cache, so the logits of a tile are all that ever exists of the Lq x Lk matrix. Every source of keys has its own running softmax, and the sources
+`attend` and `attend_backward` work on tiles of (some samples, some query rows, some keys) that are sized to
+stay
+in cache, so the logits of a tile are all that ever exists of the Lq x Lk matrix. Every source of keys has
+its own running softmax, and the sources
 are joined by their log-sum-exp at the end; the backward pass recomputes the probabilities from it.
 
-It runs on any device in fp32 (fp64 for fp64 inputs), half precision being raised tile by tile. The trade-off: it is a handful of batched
-matrix products and passes per tile, bounded in memory and exact, but on an accelerator a fused kernel is several times faster.
+It runs on any device in fp32 (fp64 for fp64 inputs), half precision being raised tile by tile. The
+trade-off: it is a handful of batched
+matrix products and passes per tile, bounded in memory and exact, but on an accelerator a fused kernel is
+several times faster.
 
 The functions here trust their arguments; the operators check them.
 """
@@ -13,6 +17,7 @@ The functions here trust their arguments; the operators check them.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,7 +34,8 @@ _TILE_ON_DEVICE = 1 << 26
 class KeySource:
     """Keys and values of one source as the engine reads them; the tensors may be views of anything.
 
-    key, value: (B, Lk, Hkv, D). valid: (B, Lk) bool, None = all. gate: (1 or B, H). bias: each size 1 or full against
+    key, value: (B, Lk, Hkv, D). valid: (B, Lk) bool, None = all. gate: (1 or B, H). bias: each size 1 or
+        full against
     (B, H, Lq, Lk). diagonal: query i sees keys up to i + diagonal, None = all.
     """
 
@@ -43,7 +49,7 @@ class KeySource:
 
 @dataclass(frozen=True)
 class SourceGradients:
-    """Accumulators of one source in the compute dtype, added to in place; None where no gradient is wanted."""
+    """Accumulators of one source in the compute dtype, added to in place; None = no gradient is wanted."""
 
     key: Tensor
     value: Tensor
@@ -53,10 +59,14 @@ class SourceGradients:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of probabilities. seeds: (B,) int64; the mask depends on (seed, head, source, query, key) alone."""
+    """Dropout of probabilities; the mask depends on (seed, source, head, query, key) alone.
+
+    seeds: (B,) int64. place: number of the first source, where the sources of one call are run one by one.
+    """
 
     probability: float
     seeds: Tensor
+    place: int = 0
 
     def keep(self, rows: slice, source: int, queries: range, keys: range, num_heads: int) -> Tensor:
         """Return the factors 0 or 1 / (1 - p), fp32, of shape (samples, H, queries, keys)."""
@@ -64,7 +74,7 @@ class Dropout:
         seeds = self.seeds[rows]
         low, high = seeds & 0xFFFFFFFF, (seeds >> 32) & 0xFFFFFFFF
         state = _mix(_mix(low) ^ high)
-        state = _mix(state ^ (source * 0x9E3779B1 & 0xFFFFFFFF))
+        state = _mix(state ^ ((self.place + source) * 0x9E3779B1 & 0xFFFFFFFF))
         heads = torch.arange(num_heads, device=device)
         state = _mix(state[:, None] + heads * 0x85EBCA6B)
         steps = torch.arange(queries.start, queries.stop, device=device)
@@ -76,7 +86,7 @@ class Dropout:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scramble the low 32 bits of int64 values: a bijection of 32-bit words in which each input bit flips half the output."""
+    """Scramble the low 32 bits of int64 values: a bijection of words; each bit in flips half of those out."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
@@ -104,9 +114,9 @@ def attend(
     """
     for rows, chunk in _chunks(query, sources):
         for steps in _query_tiles(query, sources):
-            tile = _tile(query[rows, steps.start : steps.stop], chunk.num_kv_heads).mul_(scale)
+            tile = _tile(_valid_rows(query, query_valid, rows, slice(steps.start, steps.stop))).mul_(scale)
             parts, logs = [], []
-            for index, source in enumerate(chunk.sources):
+            for index, source in enumerate(chunk):
                 part, log = _attend_source(tile, source, index, steps, rows, query.shape[2], dropout)
                 parts.append(part)
                 logs.append(log)
@@ -144,31 +154,31 @@ def attend_backward(
 ) -> None:
     """Fill grad_query and add to grad_sources.
 
-    lse: (B, Lq, H), joint over the sources. grad_lse: gradient of source_lse (B, Lq, H, S), both or none. Shapes otherwise as in `attend`.
+    lse: (B, Lq, H), joint over the sources. grad_lse: gradient of source_lse (B, Lq, H, S), both or none.
+        Shapes otherwise as in `attend`.
     """
     num_heads = query.shape[2]
     for rows, chunk in _chunks(query, sources):
-        grad_keys = [torch.zeros_like(source.key) for source in chunk.sources]
-        grad_values = [torch.zeros_like(source.value) for source in chunk.sources]
+        grad_keys = [torch.zeros_like(source.key) for source in chunk]
+        grad_values = [torch.zeros_like(source.value) for source in chunk]
         for steps in _query_tiles(query, sources):
             span = slice(steps.start, steps.stop)
-            grad = grad_out[rows, span]
-            if query_valid is not None:
-                grad = grad.masked_fill(~query_valid[rows, span, None, None], 0.0)
-            tile = _tile(query[rows, span], chunk.num_kv_heads).mul_(scale)
-            grad = _tile(grad, chunk.num_kv_heads)
-            delta = (grad * _tile(out[rows, span], chunk.num_kv_heads)).sum(-1, keepdim=True)
+            whole_tile = _tile(_valid_rows(query, query_valid, rows, span)).mul_(scale)
+            whole_grad = _tile(_valid_rows(grad_out, query_valid, rows, span))
+            whole_delta = (whole_grad * _tile(out[rows, span])).sum(-1, keepdim=True)
             # A query that sees nothing: exp(logit - inf) is 0, exp(-inf - -inf) would be NaN.
-            log = _tile(lse[rows, span, :, None], chunk.num_kv_heads)
-            log.masked_fill_(log == -math.inf, math.inf)
-            grad_tile = torch.zeros_like(tile)
-            for index, (source, into) in enumerate(zip(chunk.sources, grad_sources, strict=True)):
+            whole_log = _tile(lse[rows, span, :, None])
+            whole_log.masked_fill_(whole_log == -math.inf, math.inf)
+            grad_tile = torch.zeros_like(whole_tile)
+            for index, (source, into) in enumerate(zip(chunk, grad_sources, strict=True)):
+                tile, grad, delta, log, grad_query_tile = (
+                    source.grouped(x) for x in (whole_tile, whole_grad, whole_delta, whole_log, grad_tile)
+                )
                 extra = None
                 if grad_lse is not None and source_lse is not None:
-                    own = _tile(source_lse[rows, span, :, index : index + 1], chunk.num_kv_heads)
-                    pull = _tile(grad_lse[rows, span, :, index : index + 1], chunk.num_kv_heads)
-                    # exp(log - own) turns joint probabilities into the source's own.
-                    extra = (own.masked_fill(own == -math.inf, math.inf), pull)
+                    own = source.grouped(_tile(source_lse[rows, span, :, index : index + 1]))
+                    pull = source.grouped(_tile(grad_lse[rows, span, :, index : index + 1]))
+                    extra = (own.masked_fill_(own == -math.inf, math.inf), pull)
                 for keys in source.blocks(steps):
                     logits = source.logits(tile, keys, steps)
                     probability = torch.exp(logits - log)
@@ -185,7 +195,7 @@ def attend_backward(
                     if extra is not None:
                         own, pull = extra
                         grad_logits.add_(torch.exp(logits - own).mul_(pull))
-                    grad_tile.baddbmm_(grad_logits, key)
+                    grad_query_tile.baddbmm_(grad_logits, key)
                     grad_keys[index][:, keys.start : keys.stop].baddbmm_(grad_logits.transpose(1, 2), tile)
                     by_head = grad_logits.view(-1, num_heads, len(steps), len(keys))
                     if into.gate is not None:
@@ -195,9 +205,14 @@ def attend_backward(
                         _add_reduced(into.bias, by_head, where)
             _untile(grad_tile.mul_(scale), grad_query[rows, span])
         for index, into in enumerate(grad_sources):
-            shape = (-1, chunk.num_kv_heads, *grad_keys[index].shape[1:])
+            shape = (rows.stop - rows.start, into.key.shape[2], *grad_keys[index].shape[1:])
             into.key[rows] += grad_keys[index].view(shape).transpose(1, 2)
             into.value[rows] += grad_values[index].view(shape).transpose(1, 2)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Say whether values may be looked at for a check: on a device that waits for it, so only when asked."""
+    return tensor.device.type == "cpu" or os.environ.get("MMSCALE_CHECK") == "1"
 
 
 def triton_refusal(query: Tensor) -> str | None:
@@ -213,7 +228,7 @@ def triton_refusal(query: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class _ChunkSource:
-    """A source for some samples, laid out for batched products: key and value (samples * Hkv, Lk, D), invalid rows zero."""
+    """A source for some samples, its key and value (samples * Hkv, Lk, D) with invalid rows zero."""
 
     key: Tensor
     value: Tensor
@@ -222,6 +237,10 @@ class _ChunkSource:
     bias: Tensor | None
     diagonal: int | None
     num_heads: int
+
+    def grouped(self, tile: Tensor) -> Tensor:
+        """View a tile (samples * H, queries, X) as (samples * Hkv, group * queries, X)."""
+        return tile.view(self.key.shape[0], -1, tile.shape[-1])
 
     def blocks(self, steps: range) -> Iterator[range]:
         """Yield the key ranges that the queries of `steps` can see."""
@@ -245,15 +264,9 @@ class _ChunkSource:
             logits.masked_fill_(self.invalid[..., keys.start : keys.stop], -math.inf)
         if self.diagonal is not None and keys.stop - 1 > steps.start + self.diagonal:
             last = torch.arange(steps.start, steps.stop, device=tile.device) + self.diagonal
-            columns = torch.arange(keys.start, keys.stop, device=tile.device)
-            logits.masked_fill_(columns > last[:, None], -math.inf)
+            places = torch.arange(keys.start, keys.stop, device=tile.device)
+            logits.masked_fill_(places > last[:, None], -math.inf)
         return product
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    sources: list[_ChunkSource]
-    num_kv_heads: int
 
 
 def _attend_source(
@@ -265,7 +278,9 @@ def _attend_source(
     num_heads: int,
     dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the normalised output (samples * Hkv, group * queries, D) of one source and its log-sum-exp (..., 1)."""
+    """Return the output of a tile (samples * H, queries, D) over one source, and its log-sum-exp (..., 1)."""
+    shape = tile.shape
+    tile = source.grouped(tile)
     total = maximum = weight = None
     for keys in source.blocks(steps):
         logits = source.logits(tile, keys, steps)
@@ -288,12 +303,13 @@ def _attend_source(
             weight = weight.mul_(fade).add_(mass)
         maximum = high
     if total is None or weight is None or maximum is None:  # no key in sight of any query of the tile
-        return torch.zeros_like(tile), tile.new_full((*tile.shape[:-1], 1), -math.inf)
+        return tile.new_zeros(shape), tile.new_full((*shape[:-1], 1), -math.inf)
     log = weight.log().add_(maximum)
-    return total.div_(weight.masked_fill_(weight == 0, 1.0)), log
+    total.div_(weight.masked_fill_(weight == 0, 1.0))
+    return total.view(shape), log.view(*shape[:-1], 1)
 
 
-def _chunks(query: Tensor, sources: list[KeySource]) -> Iterator[tuple[slice, _Chunk]]:
+def _chunks(query: Tensor, sources: list[KeySource]) -> Iterator[tuple[slice, list[_ChunkSource]]]:
     """Yield runs of samples whose tiles fit the budget, with their keys laid out for batched products."""
     batch, num_queries, num_heads, _ = query.shape
     longest = max((source.key.shape[1] for source in sources), default=0)
@@ -302,7 +318,7 @@ def _chunks(query: Tensor, sources: list[KeySource]) -> Iterator[tuple[slice, _C
     dtype = compute_dtype(query)
     for start in range(0, batch if num_queries else 0, size):
         rows = slice(start, min(batch, start + size))
-        yield rows, _Chunk([_lay_out(source, rows, dtype, num_heads) for source in sources], sources[0].key.shape[2])
+        yield rows, [_lay_out(source, rows, dtype, num_heads) for source in sources]
 
 
 def _lay_out(source: KeySource, rows: slice, dtype: torch.dtype, num_heads: int) -> _ChunkSource:
@@ -313,7 +329,9 @@ def _lay_out(source: KeySource, rows: slice, dtype: torch.dtype, num_heads: int)
     def contiguous(tensor: Tensor) -> Tensor:
         tensor = tensor[rows]
         laid = torch.empty(
-            (tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3]), dtype=dtype, device=tensor.device
+            (tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3]),
+            dtype=dtype,
+            device=tensor.device,
         )
         laid.copy_(tensor.transpose(1, 2))
         if valid is not None:
@@ -353,18 +371,21 @@ def _query_tiles(query: Tensor, sources: list[KeySource]) -> Iterator[range]:
         yield range(start, min(query.shape[1], start + size))
 
 
-def _tile(tensor: Tensor, num_kv_heads: int) -> Tensor:
-    """Copy (samples, queries, H, X) to (samples * Hkv, group * queries, X) in the compute dtype."""
+def _tile(tensor: Tensor) -> Tensor:
+    """Copy (samples, queries, H, X) to (samples * H, queries, X) in the compute dtype."""
     samples, queries, heads, width = tensor.shape
-    tile = torch.empty(
-        (samples, heads, queries, width), dtype=compute_dtype(tensor), device=tensor.device
-    )
-    tile.copy_(tensor.transpose(1, 2))
-    return tile.view(samples * num_kv_heads, -1, width)
+    tile = torch.empty((samples, heads, queries, width), dtype=compute_dtype(tensor), device=tensor.device)
+    return tile.copy_(tensor.transpose(1, 2)).flatten(0, 1)
+
+
+def _valid_rows(tensor: Tensor, valid: Tensor | None, rows: slice, span: slice) -> Tensor:
+    """Take a part of (B, Lq, H, X), with other rows zero: what they hold must not reach a product."""
+    part = tensor[rows, span]
+    return part if valid is None else part.masked_fill(~valid[rows, span, None, None], 0.0)
 
 
 def _untile(tile: Tensor, into: Tensor) -> None:
-    """Copy (samples * Hkv, group * queries, X) to a (samples, queries, H, X) view."""
+    """Copy (samples * H, queries, X) to a (samples, queries, H, X) view."""
     samples, queries, heads, width = into.shape
     into.copy_(tile.view(samples, heads, queries, width).transpose(1, 2))
 

@@ -1,12 +1,19 @@
-"""Triton kernels of attention, forward and backward, shared by `packed_attention` and `cross_modal_attention`.
+"""Triton kernels of attention, shared by `packed_attention` and `cross_modal_attention`.
 
-Queries, keys and values are views with any strides (a unit one in D): parts of one buffer, or tensors of their own. What is valid is a
-table of ranges per sample, so padding is skipped block by block; the softmax is an online one, and the backward pass recomputes the probabilities
-from the log-sum-exp. Two backward kernels, one that owns query blocks and one that owns key blocks, keep it free of atomics: every run gives the
+Queries, keys and values are views with any strides (a unit one in D): parts of one buffer, or tensors of
+their own. What is valid is a
+table of ranges per sample, so padding is skipped block by block; the softmax is an online one, and the
+backward pass recomputes the probabilities
+from the log-sum-exp. Two backward kernels, one that owns query blocks and one that owns key blocks, keep it
+free of atomics: every run gives the
 same bits. The price is that the probabilities are computed twice there.
 
-Import this module only where a kernel is about to run: it needs triton, and ``TRITON_INTERPRET=1`` has to be set before.
+Import this module only where a kernel is about to run: it needs triton, and ``TRITON_INTERPRET=1`` has to
+be set before.
 """
+
+# mypy: disable-error-code="no-untyped-def"
+# (a kernel's arguments are pointers, tiles and constants, none of which has a type for Python)
 
 from __future__ import annotations
 
@@ -22,7 +29,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True)
 class Ranges:
-    """What is valid, as ranges of rows: begin and end (B, S) int32, contiguous; an empty range has begin >= end."""
+    """The rows that are valid: begin and end (B, S) int32, contiguous; a range is empty if begin >= end."""
 
     begin: Tensor
     end: Tensor
@@ -59,8 +66,7 @@ def _forward(
             end = tl.load(k_end + sample * KS + s)
             stop = end
             if CAUSAL:
-                if start >= causal_from:
-                    stop = tl.minimum(end, first + BM + shift)
+                stop = tl.where(start >= causal_from, tl.minimum(end, first + BM + shift), end)
             if GATED:
                 gate = tl.load(gate_ptr + sample * gate_b + s * num_heads + head).to(tl.float32) * _LOG2E
             for block in range(start, stop, BN):
@@ -108,9 +114,10 @@ def _backward_query(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dq_b, dq_t, dq_h, gate_b,
     num_queries, num_heads, group, causal_from, shift, scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, QS: tl.constexpr,
-    KS: tl.constexpr, GATED: tl.constexpr, CAUSAL: tl.constexpr, PULLED: tl.constexpr, PRECISION: tl.constexpr,
+    KS: tl.constexpr, GATED: tl.constexpr, CAUSAL: tl.constexpr, PULLED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block of queries of one head; leaves delta, the row sums of grad * out, for `_backward_key`."""
+    """Gradient of one block of queries of one head; leaves delta, row sums of grad * out, for the next."""
     first = tl.program_id(0) * BM
     head = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
@@ -143,8 +150,7 @@ def _backward_query(
             end = tl.load(k_end + sample * KS + s)
             stop = end
             if CAUSAL:
-                if start >= causal_from:
-                    stop = tl.minimum(end, first + BM + shift)
+                stop = tl.where(start >= causal_from, tl.minimum(end, first + BM + shift), end)
             if GATED:
                 gate = tl.load(gate_ptr + sample * gate_b + s * num_heads + head).to(tl.float32) * _LOG2E
             for block in range(start, stop, BN):
@@ -186,7 +192,7 @@ def _backward_key(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, QS: tl.constexpr,
     KS: tl.constexpr, GATED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block of keys and values of one kv head, and of a term added to the logits of each key."""
+    """Gradient of one block of keys and values of one kv head, and of a term added to a key's logits."""
     first = tl.program_id(0) * BN
     kv_head = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
@@ -194,7 +200,9 @@ def _backward_key(
     dims = tl.arange(0, BD)
     inside = columns < 0
     for s in tl.static_range(KS):
-        inside |= (columns >= tl.load(k_begin + sample * KS + s)) & (columns < tl.load(k_end + sample * KS + s))
+        inside |= (columns >= tl.load(k_begin + sample * KS + s)) & (
+            columns < tl.load(k_end + sample * KS + s)
+        )
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
     populated = tl.max(inside.to(tl.int32), 0) > 0
@@ -207,7 +215,7 @@ def _backward_key(
         v_ptr + sample * v_b + kv_head * v_h + columns[:, None].to(tl.int64) * v_t + dims[None, :],
         mask=present, other=0.0,
     )  # fmt: skip
-    for member in range(0, group):
+    for member in range(group):
         head = kv_head * group + member
         dcolumn = tl.zeros((BN,), tl.float32)
         if populated:
@@ -223,8 +231,7 @@ def _backward_key(
                 start = tl.load(q_begin + sample * QS + s)
                 stop = tl.load(q_end + sample * QS + s)
                 if CAUSAL:
-                    if first >= causal_from:
-                        start = tl.maximum(start, first - shift)
+                    start = tl.where(first >= causal_from, tl.maximum(start, first - shift), start)
                 for block in range(start, stop, BM):
                     rows = block + tl.arange(0, BM)
                     valid = rows < stop
@@ -238,7 +245,8 @@ def _backward_key(
                         mask=shown, other=0.0,
                     )  # fmt: skip
                     grad = tl.load(
-                        grad_ptr + sample * g_b + head * g_h + rows[:, None].to(tl.int64) * g_t + dims[None, :],
+                        grad_ptr + sample * g_b + head * g_h
+                        + rows[:, None].to(tl.int64) * g_t + dims[None, :],
                         mask=shown, other=0.0,
                     )  # fmt: skip
                     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * _LOG2E)
@@ -255,7 +263,11 @@ def _backward_key(
                     if GATED:
                         dcolumn += tl.sum(ds, 1)
         if GATED:
-            tl.store(dcolumn_ptr + (sample * num_heads + head) * num_keys + columns, dcolumn, mask=columns < num_keys)
+            tl.store(
+                dcolumn_ptr + (sample * num_heads + head) * num_keys + columns,
+                dcolumn,
+                mask=columns < num_keys,
+            )
     written = (columns < num_keys)[:, None] & (dims < D)[None, :]
     tl.store(
         dk_ptr + sample * dk_b + kv_head * dk_h + columns[:, None].to(tl.int64) * dk_t + dims[None, :],
@@ -270,7 +282,7 @@ def _backward_key(
 def _blocks(query: Tensor, num_keys: int) -> dict[str, int | str]:
     """Choose the block sizes from the shapes alone."""
     width = max(16, triton.next_power_of_2(query.shape[3]))
-    largest = 64 if width <= 128 and query.element_size() == 2 or width <= 64 else 32
+    largest = 64 if (width <= 128 and query.element_size() == 2) or width <= 64 else 32
     tf32 = query.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
         "D": query.shape[3],
@@ -297,8 +309,10 @@ def attend(
 ) -> None:
     """Fill out (B, Lq, H, D) and lse (B, Lq, H) fp32, both contiguous.
 
-    query: (B, Lq, H, D); key, value: (B, Lk, Hkv, D). queries, keys: what is valid. Keys from column `causal_from` on are seen by query
-    i only up to column i + shift; None = no causality. gates: (1 or B, S, H), contiguous, added to the logits of each range of keys.
+    query: (B, Lq, H, D); key, value: (B, Lk, Hkv, D). queries, keys: what is valid. Keys from column
+        `causal_from` on are seen by query
+    i only up to column i + shift; None = no causality. gates: (1 or B, S, H), contiguous, added to the
+    logits of each range of keys.
     Rows without a visible key, or outside `queries`: out 0, lse -inf.
     """
     batch, num_queries, num_heads, _ = query.shape
@@ -334,7 +348,7 @@ def attend_backward(
     grad_value: Tensor,
     grad_lse: Tensor | None = None,
 ) -> Tensor | None:
-    """Fill the three gradients completely; return (B, H, Lk) fp32, the gradient of a term for each key, if there are gates.
+    """Fill the three gradients; with gates return (B, H, Lk) fp32, the gradient of a term for each key.
 
     grad_lse: (B, Lq, H) fp32, contiguous. Everything else as in `attend`.
     """

@@ -6,8 +6,8 @@
     report = launch(config)                      # a local Ray, started for this run and gone after it
     report = launch(config, address="auto")      # an existing cluster
 
-The only package that knows Ray. Its trade-off: a restart is always of all ranks, in fresh processes, from the newest
-checkpoint; no rank outlives a failure of another.
+The only package that knows Ray. Its trade-off: a restart is always of all ranks, in fresh processes, from
+the newest checkpoint; no rank outlives a failure of another.
 """
 
 from mmscale_launcher.launch import RankFailed, launch

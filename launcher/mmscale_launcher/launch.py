@@ -5,24 +5,24 @@
     report = launch(config)                                    # on this machine
     report = launch(config, address="auto", on_event=print)    # on a cluster
 
-`launch` reserves one bundle a node, starts an actor a rank in it (ranks are numbered node by node), lets each run
-`mmscale.train.train`, and waits. When a rank fails, all of its attempt are killed and known to be gone before the next
-attempt begins, in fresh processes: neither DeepSpeed nor CUDA can be set up twice in one. `train` resumes from the
-newest checkpoint that is whole. What follows from a failure:
+`launch` reserves one bundle a node, starts an actor a rank in it (ranks are numbered node by node), lets
+each run `mmscale.train.train`, and waits. When a rank fails, all of its attempt are killed and known to be
+gone before the next attempt begins, in fresh processes: neither DeepSpeed nor CUDA can be set up twice in
+one. `train` resumes from the newest checkpoint that is whole. What follows from a failure:
 
 - a `UserError` in any rank is final, and raised here as it was there;
 - a rank that died, or lost its peers, is restarted up to `launch.max_restarts` times;
-- any other exception is tried once more; if it comes again it is a bug, and `RankFailed` carries its traceback.
+- any other exception is tried once more; if it comes again it is a bug, and `RankFailed` has its traceback.
 
-Why plain actors in a placement group and not Ray Train: its limits, measured with Ray 2.60, are those that matter here.
-It took 11 s to notice a killed worker and 73 s a lost node, tried a deterministic bug until `max_failures`, couldn't
-outlive its own controller actor, and its snapshots missed reported checkpoints, which mmscale keeps itself anyway. The
-price is this file. What it doesn't do: change the number of ranks between attempts, or notice a rank that hangs
-(its peers do, after `engine.timeout`).
+Why plain actors in a placement group and not Ray Train: its limits, measured with Ray 2.60, are those that
+matter here. It took 11 s to notice a killed worker and 73 s a lost node, tried a deterministic bug until
+`max_failures`, couldn't outlive its own controller actor, and its snapshots missed reported checkpoints,
+which mmscale keeps itself anyway. The price is this file. What it doesn't do: change the number of ranks
+between attempts, or notice a rank that hangs (its peers do, after `engine.timeout`).
 
-Ray is not in the step loop: rank 0's events go to a reporter actor that nobody waits for, and the driver asks that one
-three times a second. A local Ray belongs to its run alone: nothing of it is left after it, not even when the driver is
-killed by a signal that can't be caught (see `mmscale_launcher.processes`).
+Ray is not in the step loop: rank 0's events go to a reporter actor that nobody waits for, and the driver
+asks that one three times a second. A local Ray belongs to its run alone: nothing of it is left after it,
+not even when the driver is killed by a signal that can't be caught (see `mmscale_launcher.processes`).
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ OBJECT_STORE_BYTES = 100_000_000  # little goes through it: configs, events, one
 MAX_EVENTS = 10_000  # kept by the reporter
 MAX_PENDING_EVENTS = 1_000  # on their way to it
 KILL_TIMEOUT = 10.0  # seconds until a killed process is gone
+ANSWER_TIMEOUT = 6.0  # seconds Ray gets to clean up by itself; 1.5 s is usual
 MAX_SOCKET_PATH = 107  # bytes, a limit of Linux; Ray adds about 65 to its folder
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -87,18 +88,18 @@ def launch(
 ) -> dict[str, Any]:
     """Trains `config` on launch.nodes x launch.workers_per_node ranks and returns rank 0's report.
 
-    address: of a Ray cluster: "auto", "host:port" or "ray://host:port"; with None a Ray is started on this machine
-    (RAY_ADDRESS is not looked at). on_event: called with rank 0's events, and with {"event": "message", "text": ...}
-    for what the launcher has to say, in the calling thread.
-    Raises ConfigError where the ranks can't be placed, RankFailed, and whatever UserError a rank raised. An interrupt,
-    or SIGTERM, which becomes one, ends all ranks before it goes on as KeyboardInterrupt.
+    address: of a Ray cluster: "auto", "host:port" or "ray://host:port"; with None a Ray is started on this
+    machine (RAY_ADDRESS is not looked at). on_event: called with rank 0's events, and with {"event":
+    "message", "text": ...} for what the launcher has to say, in the calling thread. Raises ConfigError
+    where the ranks can't be placed, RankFailed, and whatever UserError a rank raised. An interrupt, or
+    SIGTERM, which becomes one, ends all ranks before it goes on as KeyboardInterrupt.
     """
     emit = on_event or (lambda event: None)
     with _connected(config, address, emit) as cluster:
         return _supervise(config, cluster=cluster, emit=emit, worker=_worker)
 
 
-# ------------------------------------------------------------------------------------------------------- cluster
+# ---------------------------------------------------------------------------------------------------- cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def _connected(config: Config, address: str | None, emit: OnEvent) -> Iterator[_
     was_connected = ray.is_initialized()
     if address is None and was_connected:
         raise ConfigError(
-            "this process is connected to a Ray already, so a local one can't be started: give its address, or auto"
+            "this process is connected to a Ray already, so a local one can't be started: give an address"
         )
     with _interruptible():
         if address is None:
@@ -167,9 +168,13 @@ def _local_ray(config: Config, emit: OnEvent) -> Iterator[None]:
         start_new_session=True,  # a Ctrl-C reaches the whole process group of the driver
     )
     try:
-        # what the guard looks for, and the driver's modules for workers that begin elsewhere
-        search_path = os.pathsep.join(entry for entry in sys.path if entry)
-        with _environment({processes.MARK: mark, "PYTHONPATH": search_path, "RAY_USAGE_STATS_ENABLED": "0"}):
+        environment = {
+            processes.MARK: mark,
+            "SPT_NOENV": "1",  # else setproctitle, in each of Ray's Python processes, writes over the mark
+            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        with _environment(environment):
             ray.init(
                 address="local",
                 num_cpus=num_workers + 1,  # Ray starts a process for each beforehand; one is the reporter's
@@ -182,8 +187,13 @@ def _local_ray(config: Config, emit: OnEvent) -> Iterator[None]:
         yield
     finally:
         with _uninterrupted():
-            ray.shutdown()
             assert guard.stdin is not None
+            # a SIGTERM to the whole process group leaves a Ray that answers no more: then the guard comes
+            # first
+            impatience = threading.Timer(ANSWER_TIMEOUT, guard.stdin.close)
+            impatience.start()
+            ray.shutdown()
+            impatience.cancel()
             guard.stdin.close()
             guard.wait()
 
@@ -211,6 +221,13 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _within(seconds: float, call: Callable[[], None]) -> None:
+    """Calls something of Ray that may never return when Ray is half gone, and goes on without it if so."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _is_main_thread() -> bool:
@@ -248,7 +265,7 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-# --------------------------------------------------------------------------------------------------- supervision
+# ------------------------------------------------------------------------------------------------ supervision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +308,9 @@ def _supervise(config: Config, *, cluster: _Cluster, emit: OnEvent, worker: str)
         if failure.error is not None:
             raise failure.error
         details = failure.traceback or attempt.last_words.get(failure.rank, "")
-        told = f"{failure.who} {failure.what}" + (f"\n{details}" if details else "")
+        crash = re.search("Fatal Python error: (.+)", details)
+        what = f"crashed ({crash[1]})" if crash and failure.kind == "died" else failure.what
+        told = f"{failure.who} {what}" + (f"\n{details}" if details else "")
         if attempt.survivors:
             raise RankFailed(f"processes {attempt.survivors} can't be ended; the cause of it:\n{told}")
         # numbers differ between two runs of one bug: addresses, bytes free, ports
@@ -302,7 +321,7 @@ def _supervise(config: Config, *, cluster: _Cluster, emit: OnEvent, worker: str)
         if number == num_attempts:
             raise RankFailed(f"gave up after {number} attempts: {told}")
         # the traceback is told once, by the error that ends the run, if it does
-        text = failure.title if failure.kind == "error" else told
+        text = f"{failure.who}: {failure.title}" if failure.traceback else told
         emit(_message(f"{text}; restarting, attempt {number + 1} of {num_attempts}"))
     raise AssertionError("the last attempt returns or raises")
 
@@ -373,10 +392,7 @@ class _Attempt:
 
     def end(self) -> None:
         """Ends every process of the attempt, waits until they are gone, and gives the places back."""
-        for actor in [*self._actors, self._reporter]:
-            if actor is not None:
-                with suppress(RayError):
-                    ray.kill(actor)
+        _within(ANSWER_TIMEOUT, self._withdraw)
         on_node: dict[str, list[int]] = {}
         for rank, place in self._places.items():
             on_node.setdefault(place.node_id, []).append(rank)
@@ -400,8 +416,14 @@ class _Attempt:
             survivors, words = answer
             self.survivors += survivors
             self.last_words.update(zip(on_node[node_id], words, strict=True))
-        if self._bundles is not None:
-            with suppress(RayError):
+
+    def _withdraw(self) -> None:
+        """Tells Ray that the actors and their places are wanted no more."""
+        with suppress(RayError):
+            for actor in [*self._actors, self._reporter]:
+                if actor is not None:
+                    ray.kill(actor)
+            if self._bundles is not None:
                 remove_placement_group(self._bundles)
 
     # placement
@@ -421,8 +443,9 @@ class _Attempt:
             layout = _Layout.of(self._config, self._cluster)
         free = ray.available_resources()
         raise ConfigError(
-            f"launch.nodes={num_nodes} with {layout.num_workers} workers each asks for {num_nodes} node(s) with "
-            f"{_resources(layout.bundle)} each; there are {layout.nodes}; free at present: {_resources(free)}"
+            f"launch.nodes={num_nodes} with {layout.num_workers} workers each asks for {num_nodes} node(s) "
+            f"with {_resources(layout.bundle)} each; there are {layout.nodes}; "
+            f"free at present: {_resources(free)}"
         )
 
     def _find_places(self) -> _Failure | None:
@@ -461,7 +484,7 @@ class _Attempt:
         return min(failures, key=lambda failure: failure.priority, default=None)
 
     def _tell(self, *, last: bool = False) -> None:
-        """Hands the events that have arrived to the caller, and asks for more; waits only for the last ones."""
+        """Hands the events that have arrived to the caller, asks for more; waits only for the last."""
         with suppress(RayError):  # without its reporter a run goes on, silently
             while True:
                 self._fetch = self._fetch or self._reporter.drain.remote()
@@ -493,7 +516,7 @@ class _Attempt:
         )
 
     def _death(self, rank: int, error: RayError) -> _Failure:
-        """What Ray says instead of an answer. An actor that can't even begin is a bug; the rest are deaths."""
+        """What Ray says for an answer. An actor that can't even begin is a bug, the rest are deaths."""
         text = str(error).strip()
         no_start = isinstance(error, RuntimeEnvSetupError) or getattr(error, "actor_init_failed", False)
         if no_start:
@@ -505,7 +528,7 @@ class _Attempt:
         elif "node died" in text.lower() or "NODE_DIED" in text:
             what = "died with its node"
         else:
-            what = "died (killed, say by signal 9 or for want of memory, or crashed)"
+            what = "was killed (by signal 9, say, as for want of memory)"
         return _Failure(
             rank=rank,
             who=self._who(rank),
@@ -554,7 +577,7 @@ def _resources(amounts: dict[str, float]) -> str:
 
 
 def _end_groups(groups: list[tuple[int, int]], files: list[str]) -> tuple[list[int], list[str]]:
-    """Ends process groups of this node; returns the processes that are left, and the last lines of the files."""
+    """Ends process groups of this node; returns processes that are left, and the files' last lines."""
     survivors = []
     for group, session in groups:
         survivors += processes.kill_group(group, session, timeout=KILL_TIMEOUT)

@@ -1,12 +1,12 @@
 """Kills processes and knows that they are gone; also the guard of a local Ray, when run as a script.
 
-Two ways of naming processes, both safe against reuse of a process id: a process group within its session (a rank and
-its children), and a mark in the environment that every process of a local Ray inherits. Linux only, since it reads
-/proc; nothing but the standard library, so that the guard starts in milliseconds.
+Two ways of naming processes, both safe against reuse of a process id: a process group within its session (a
+rank and its children), and a mark in the environment that every process of a local Ray inherits. Linux
+only, since it reads /proc; nothing but the standard library, so that the guard starts in milliseconds.
 
-The guard, `python processes.py MARK FOLDER`, waits until its standard input closes, which happens too when its
-starter is killed by a signal that nothing can catch. Then it ends what carries the mark and removes the folder. (Ray's
-own processes follow their driver, but its agents took a minute to do so.)
+The guard, `python processes.py MARK FOLDER`, waits until its standard input closes, which happens too when
+its starter is killed by a signal that nothing can catch. Then it ends what carries the mark and removes the
+folder. (Ray's own processes follow their driver, but its agents took a minute to do so.)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+_RAY_TAGS = (":job_id:", ":task_name:", ":actor_name:")  # lines that Ray writes for its own log monitor
 MARK = "MMSCALE_LAUNCH"  # the environment variable that holds a local Ray's mark
 
 
@@ -41,7 +42,8 @@ def tail(path: str | None, *, num_lines: int = 30) -> str:
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    return "\n".join(text.splitlines()[-num_lines:]).strip()
+    lines = [line for line in text.splitlines() if not line.startswith(_RAY_TAGS)]
+    return "\n".join(lines[-num_lines:]).strip()
 
 
 def _kill_until_gone(wanted: Callable[[int], bool], *, timeout: float) -> list[int]:

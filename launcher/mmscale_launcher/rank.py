@@ -1,8 +1,8 @@
 """What runs in a rank's process: set the environment, run the worker function, hand back how it ended.
 
-`Rank` and `Reporter` are made into Ray actors by `mmscale_launcher.launch`. An exception of the worker function comes
-back as data, so the driver doesn't depend on how Ray wraps it; a Ray error in its place always means that the
-process, or its node, is gone.
+`Rank` and `Reporter` are made into Ray actors by `mmscale_launcher.launch`. An exception of the worker
+function comes back as data, so the driver doesn't depend on how Ray wraps it; a Ray error in its place
+always means that the process, or its node, is gone.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Reporter:
 class Rank:
     """One rank of one attempt.
 
-    search_path: further entries for sys.path, those of the driver. folder: the driver's working directory, taken where
-    this node has it, since relative paths of a config mean that one.
+    search_path: further entries for sys.path, those of the driver. folder: the driver's working directory,
+    taken where this node has it, since relative paths of a config mean that one.
     """
 
     def __init__(self, search_path: list[str], folder: str) -> None:
@@ -116,7 +116,7 @@ class Rank:
             call = getattr(importlib.import_module(module), function)
             on_log, flush = _log_through(reporter) if reporter is not None else (None, lambda: None)
             try:
-                return Outcome(kind="done", report=call(pickle.loads(config), on_log=on_log))
+                return Outcome(kind="done", report=call(pickle.loads(config), on_log))
             finally:
                 flush()
         except errors.UserError as error:
@@ -140,8 +140,8 @@ class Rank:
         folder = pickle.loads(config).run.dir
         if folder is None or not Path(folder).is_absolute():
             raise errors.ConfigError(
-                f"run.dir={folder} is relative to {self._folder}, which node {ray.util.get_node_ip_address()} doesn't "
-                "have: give an absolute path that all nodes share"
+                f"run.dir={folder} is relative to {self._folder}, which node "
+                f"{ray.util.get_node_ip_address()} doesn't have: give an absolute path that all nodes share"
             )
 
 
@@ -151,8 +151,8 @@ def _set_environment(environment: dict[str, str], devices: list[str]) -> None:
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray's choice, 1, would be taken for the user's
     os.environ.update(environment)
     if devices:
-        # All GPUs of the node's ranks, in rank order, so that LOCAL_RANK is the index of the rank's own and peers see
-        # each other; Ray shows each process its own alone.
+        # All GPUs of the node's ranks, in rank order, so that LOCAL_RANK is the index of the rank's own and
+        # peers see each other; Ray shows each process its own alone.
         for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
             if name in os.environ:
                 os.environ[name] = ",".join(devices)

@@ -169,9 +169,8 @@ def log_mel(
     if wave.ndim != 1 or not len(wave):
         raise ValueError(f"wave must have shape (num_samples,) with at least one sample, got {wave.shape}")
     shortest = max(hop, n_fft // 2 + 1)  # one frame, and what reflecting at the borders needs
-    samples = torch.from_numpy(np.ascontiguousarray(wave, np.float32))
-    if len(samples) < shortest:
-        samples = torch.nn.functional.pad(samples, (0, shortest - len(samples)))
+    # np.pad also copies, so that torch doesn't complain about waves that mustn't be written to.
+    samples = torch.from_numpy(np.pad(wave.astype(np.float32, copy=False), (0, max(0, shortest - len(wave)))))
     spectrum = torch.stft(
         samples, n_fft, hop, window=_hann(n_fft), center=True, pad_mode="reflect", return_complex=True
     )  # (n_fft // 2 + 1, frames + 1)

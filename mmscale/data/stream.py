@@ -46,6 +46,7 @@ MAX_SUBSTITUTES = 16  # for one row; with 1 % of bad samples all of them are bad
 FREE_FAULTS = 3  # this many never exceed the budget, however short the run
 _GAP = 16 * 1024  # bytes between members that are cheaper to read over than to seek over
 _QUICK_S = 50e-6  # rows quicker than this are done by one thread: more would wait for each other
+_STOP_S = 2.0  # the longest that closing waits for threads; one that hangs in a read is left behind
 _REMOTE = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 
 
@@ -246,7 +247,7 @@ class ShardStream:
             steps = itertools.count(self._step) if self._end is None else range(self._step, self._end)
             self._ahead = _ReadAhead(self._assembler.assemble, iter(steps), self._prefetch, self._threads)
             # Also runs at the end of the process, before the interpreter is torn down under the threads.
-            weakref.finalize(self, self._ahead.stop)
+            self._stop = weakref.finalize(self, self._ahead.stop)
         made = self._ahead.take()
         if isinstance(made, BaseException):
             self.close()
@@ -281,7 +282,7 @@ class ShardStream:
     def close(self) -> None:
         """Stop the threads and close the shards; the stream keeps its place and may be used again."""
         if self._ahead is not None:
-            self._ahead.stop()
+            self._stop()
             self._ahead = None
         self._assembler.shards.close()
 
@@ -339,6 +340,9 @@ class _Order:
     hash of the other (so it is a bijection whatever the hash), made one over [0, n) by cycle walking: results
     outside are sent through again (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Eight
     rounds; keys from BLAKE2b of (seed, epoch). Fewer than two walks are needed on average.
+
+    On a few bits such a network is visibly biased; sets that fit into one block are sorted by a keyed hash
+    instead.
     """
 
     _BLOCK = 1024  # offsets evaluated together: numpy's cost for each call is shared by them
@@ -347,7 +351,7 @@ class _Order:
         self._seed = seed
         self._num_samples = num_samples
         self._shuffle = shuffle
-        bits = max(2, (num_samples - 1).bit_length())
+        bits = (num_samples - 1).bit_length()
         self._low_bits = np.uint64(bits // 2)
         self._low_mask = np.uint64((1 << bits // 2) - 1)
         self._high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
@@ -369,6 +373,8 @@ class _Order:
         offsets = np.arange(first, min(first + self._BLOCK, self._num_samples), dtype=np.uint64)
         digest = hashlib.blake2b(f"order/{self._seed}/{epoch}".encode(), digest_size=64).digest()
         keys = np.frombuffer(digest, "<u8")
+        if self._num_samples <= self._BLOCK:
+            return np.argsort(_mix(_mix(offsets + keys[0]) + keys[1]))
         samples = self._encrypt(offsets, keys)
         while (outside := samples >= self._num_samples).any():
             samples[outside] = self._encrypt(samples[outside], keys)
@@ -781,6 +787,7 @@ class _Helpers:
     """
 
     def __init__(self, num_threads: int) -> None:
+        self.stopped = False  # what is still to do is given up then
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.threads = [
             threading.Thread(target=_help, args=(self._tasks,), name=f"mmscale-decode-{i}", daemon=True)
@@ -798,6 +805,8 @@ class _Helpers:
 
         def do(number: int) -> None:
             try:
+                if self.stopped:
+                    raise InterruptedError("the stream was closed")
                 results[number] = function(number)
             except Exception as error:
                 errors[number] = error
@@ -823,7 +832,8 @@ class _Helpers:
             raise errors[min(errors)]
         return results
 
-    def stop(self) -> None:
+    def end(self) -> None:
+        """To be called by the thread that calls `map`: a helper that ended would be waited for."""
         for _ in self.threads:
             self._tasks.put(None)
 
@@ -854,6 +864,12 @@ class _ReadAhead:
         self._thread.start()
 
     def _run(self) -> None:
+        try:
+            self._make_all()
+        finally:
+            self._helpers.end()
+
+    def _make_all(self) -> None:
         for step in self._steps:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or len(self._ready) < self._depth)
@@ -872,18 +888,20 @@ class _ReadAhead:
 
     def take(self) -> tuple[Batch, list[_SampleError]] | BaseException:
         with self._changed:
-            self._changed.wait_for(lambda: self._ready)
+            self._changed.wait_for(lambda: self._ready or self._stopped)
+            if not self._ready:
+                raise RuntimeError("the stream was closed while a batch of it was waited for")
             made = self._ready.popleft()
             self._changed.notify_all()
         return made
 
     def stop(self) -> None:
-        """End the threads after what they do now; waits for that, but not long."""
+        """End the threads after the rows that they are reading now; waits for that, but not long."""
         with self._changed:
-            self._stopped = True
+            self._stopped = self._helpers.stopped = True
             self._ready.clear()
             self._changed.notify_all()
-        self._helpers.stop()
+        deadline = time.monotonic() + _STOP_S
         for thread in (self._thread, *self._helpers.threads):
             if thread is not threading.current_thread():
-                thread.join(timeout=2.0)
+                thread.join(max(0.0, deadline - time.monotonic()))

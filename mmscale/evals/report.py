@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mmscale.models import Model
 from mmscale.runs import Run
 from mmscale.tasks.base import Metric
 
+PICTURES = (".jpg", ".png", ".gif", ".webp")
 THUMBNAIL = 128  # pixels a side
 NUM_QUERIES, NUM_SHOWN = 6, 5
 
@@ -30,7 +32,7 @@ def write_report(run: Run, config: Config, report: dict[str, Any]) -> dict[str, 
     files = {"report": "report.md", "metrics": "metrics.jsonl", "checkpoints": "checkpoints"}
     picture = None
     model, _ = load_model(complete(run.checkpoints)[-1])
-    if config.data.evals and "image_text" in config.tasks:
+    if config.data.evals and config.tasks.get("image_text"):
         picture = retrieval_picture(model, config, run.folder)
     if picture is not None:
         files["picture"] = "report.png"
@@ -44,16 +46,19 @@ def write_report(run: Run, config: Config, report: dict[str, Any]) -> dict[str, 
 
 
 def next_commands(folder: Path, config: Config) -> list[str]:
-    commands = [f"tensorboard --logdir {folder}"]
+    """What to try next, as a shell takes it."""
+    commands = [["tensorboard", "--logdir", str(folder)]]
     if config.data.evals:
         shards = next(iter(config.data.evals.values()))
-        commands.append(f"mmscale eval {folder} --data {shards if isinstance(shards, str) else shards[0]}")
-    if (folder / "example.jpg").is_file():
         commands.append(
-            f"mmscale predict {folder} --task image_text --image {folder / 'example.jpg'} "
-            "--text 'red apple' --text 'smiling face' --text house"
+            ["mmscale", "eval", str(folder), "--data", shards if isinstance(shards, str) else shards[0]]
         )
-    return commands
+    for example in (path for path in folder.glob("example.*") if path.suffix in PICTURES):
+        texts = [part for text in ("red apple", "smiling face", "house") for part in ("--text", text)]
+        commands.append(
+            ["mmscale", "predict", str(folder), "--task", "image_text", "--image", str(example), *texts]
+        )
+    return [shlex.join(command) for command in commands]
 
 
 def tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
@@ -94,7 +99,9 @@ def to_markdown(report: Mapping[str, Any], config: Config) -> str:
         counts = ", ".join(f"{number} {cause}" for cause, number in report["substituted_samples"].items())
         lines.append(f"Unreadable samples replaced by others: {counts}.")
     if report["steps_without_usable_samples"]:
-        lines.append(f"Steps passed over for want of usable samples: {report['steps_without_usable_samples']}.")
+        lines.append(
+            f"Steps passed over for want of usable samples: {report['steps_without_usable_samples']}."
+        )
     for title, rows in tables(report):
         lines += ["", f"## {title}", ""]
         lines += ["| " + " | ".join(row) + " |" for row in rows[:1]]
@@ -107,14 +114,19 @@ def to_markdown(report: Mapping[str, Any], config: Config) -> str:
 
 
 def to_json(results: Mapping[str, Mapping[str, Metric]]) -> str:
-    return json.dumps({task: {k: m._asdict() for k, m in metrics.items()} for task, metrics in results.items()})
+    return json.dumps(
+        {task: {k: m._asdict() for k, m in metrics.items()} for task, metrics in results.items()}
+    )
 
 
 def to_text(results: Mapping[str, Mapping[str, Metric]]) -> str:
     """Metrics by task as aligned tables."""
     blocks = []
     for task, metrics in results.items():
-        rows = [["", "value", "chance"], *([k, _number(m.value), _number(m.chance)] for k, m in metrics.items())]
+        rows = [
+            ["", "value", "chance"],
+            *([k, _number(m.value), _number(m.chance)] for k, m in metrics.items()),
+        ]
         blocks.append(_aligned(task, rows))
     return "\n\n".join(blocks)
 
@@ -149,70 +161,95 @@ def retrieval_picture(model: Model, config: Config, folder: Path) -> Path | None
     """Draws six texts with the five images each finds among the first evaluation set's, the right one framed.
 
     Only texts whose image is among the five are shown, spread evenly over those, and the picture says how many there
-    are. None where no text finds its image. Writes example.jpg and, where there is sound, example.flac beside it.
+    are. None where no text finds its image. Writes one sample's image and sound as example.jpg, example.flac or the like.
     """
     title, shards = next(iter(config.data.evals.items()))
-    images, texts, names, raw = _candidates(model, config, shards, folder)
-    if len(raw) < NUM_SHOWN:
+    rows = _candidates(model, config, shards, folder)
+    if len(rows) < NUM_SHOWN:
         return None
+    images, texts = _embeddings(model, rows, batch_size=config.evals.batch_size)
     similarity = texts @ images.T
     best = similarity.topk(NUM_SHOWN, dim=1).indices
-    hits = (best == torch.arange(len(raw)).unsqueeze(1)).any(1).nonzero().squeeze(1).tolist()
+    hits = (best == torch.arange(len(rows)).unsqueeze(1)).any(1).nonzero().squeeze(1).tolist()
     if not hits:
         return None
     chosen = [hits[i * len(hits) // min(NUM_QUERIES, len(hits))] for i in range(min(NUM_QUERIES, len(hits)))]
     caption = (
-        f"{title}: {len(hits)} of {len(raw)} texts have their image among the five most similar "
+        f"{title}: {len(hits)} of {len(rows)} texts have their image among the five most similar "
         f"(by chance {NUM_SHOWN}). {len(chosen)} of those:"
     )
-    rows = [(names[query], [(raw[j], j == query) for j in best[query].tolist()]) for query in chosen]
-    _draw(caption, rows).save(folder / "report.png")
+    found = [
+        (rows[query][1].decode(), [(rows[j][0], j == query) for j in best[query].tolist()])
+        for query in chosen
+    ]
+    _draw(caption, found).save(folder / "report.png")
     return folder / "report.png"
 
 
 def _candidates(
     model: Model, config: Config, shards: str | list[str], folder: Path
-) -> tuple[torch.Tensor, torch.Tensor, list[str], list[bytes]]:
-    """Embeddings of image and text, the text and the image's bytes, for each of a set's candidates."""
+) -> list[tuple[bytes, bytes, np.ndarray, np.ndarray]]:
+    """The image's and the text's bytes, and what the model reads from them, of each candidate of a set."""
     sources = {name: config.data.fields[name].source for name in ("image", "text")}
     labels = [f.source for f in config.data.fields.values() if f.modality == "label"]
+    sounds = [f.source for f in config.data.fields.values() if f.modality == "audio"]
     fields = {
-        "image": Field(sources["image"], read=bytes, required=False),
-        "text": Field(sources["text"], read=bytes, required=False),
+        "image": Field(sources["image"], read=lambda data: (data, model.image.read(data)), required=False),
+        "text": Field(sources["text"], read=lambda data: (data, model.text.read(data)), required=False),
         "label": Field(labels[0] if labels else "-", read=int, required=False),
-        "audio": Field("flac|wav", read=bytes, required=False),
+        "audio": Field(sounds[0] if sounds else "-", read=bytes, required=False),
     }
-    size = config.evals.batch_size
-    stream = ShardStream(shards, batch_size=size, remainder="pad", train=False, fields=fields)
-    rows: list[tuple[bytes, bytes]] = []
+    stream = ShardStream(
+        shards,
+        batch_size=config.evals.batch_size,
+        remainder="pad",
+        train=False,
+        fields=fields,
+        on_error=config.data.on_error,
+        error_budget=config.data.error_budget,
+    )
+    rows: list[tuple[bytes, bytes, np.ndarray, np.ndarray]] = []
     seen: set[int] = set()
     for batch in stream:
         for i in np.flatnonzero(batch.valid).tolist():
-            image, text, label = (batch[name][i] for name in ("image", "text", "label"))
+            image, text, label, audio = (batch[name][i] for name in fields)
             if image is None or text is None or label in seen:
                 continue
             if label is not None:
                 seen.add(label)
             if not rows:
-                (folder / "example.jpg").write_bytes(image)
-                if batch["audio"][i] is not None:
-                    (folder / "example.flac").write_bytes(batch["audio"][i])
-            rows.append((image, text))
+                (folder / f"example.{_suffix(image[0])}").write_bytes(image[0])
+                if audio is not None:
+                    (folder / f"example.{_suffix(audio)}").write_bytes(audio)
+            rows.append((image[0], text[0], image[1], text[1]))
         if len(rows) >= config.evals.num_candidates:
             break
     stream.close()
-    rows = rows[: config.evals.num_candidates]
+    return rows[: config.evals.num_candidates]
+
+
+def _suffix(data: bytes) -> str:
+    """A file name's ending for a picture or a sound, from its first bytes."""
+    endings = {b"\xff\xd8": "jpg", b"\x89P": "png", b"GI": "gif", b"fL": "flac", b"Og": "ogg"}
+    if data[:2] == b"RI":
+        return "webp" if data[8:12] == b"WEBP" else "wav"
+    return endings.get(data[:2], "bin")
+
+
+def _embeddings(
+    model: Model, rows: Sequence[tuple[bytes, bytes, np.ndarray, np.ndarray]], *, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of images and of texts, (rows, embed_dim) each."""
     images, texts = [], []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
         tensors = {
-            "image": model.image.collate([model.image.read(image) for image, _ in part]),
-            "text": model.text.collate([model.text.read(text) for _, text in part]),
+            "image": model.image.collate([image for _, _, image, _ in part]),
+            "text": model.text.collate([text for _, _, _, text in part]),
         }
         images.append(model.represent("image", tensors))
         texts.append(model.represent("text", tensors))
-    names = [text.decode() for _, text in rows]
-    return torch.cat(images), torch.cat(texts), names, [image for image, _ in rows]
+    return torch.cat(images), torch.cat(texts)
 
 
 def _draw(caption: str, rows: Sequence[tuple[str, Sequence[tuple[bytes, bool]]]]) -> Pillow.Image:

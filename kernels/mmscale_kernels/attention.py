@@ -1,0 +1,718 @@
+"""Attention of one set of queries over several sources of keys, without concatenating them.
+
+Each `Source` keeps its own keys, values, lengths, gate and bias; one softmax runs over all of them (or one
+over each)::
+
+    text = Source(text_k, text_v, lengths=text_lengths)
+    image = Source(image_k, image_v, gate=log_weight)
+    out = cross_modal_attention(query, [text, image])
+    out, mass = cross_modal_attention(query, [text, image], return_mass=True)  # who was looked at, and how
+    much
+
+Besides the output, the operator underneath returns the log-sum-exp of every source, from which `lse` and
+`mass` follow and through which their
+gradients flow. Inside a trunk, where all tokens share one buffer, `packed_attention` is the cheaper form.
+
+The trade-off: masks are ranges (lengths, starts, causal), so padding costs nothing; anything else is a
+`bias`, which costs the memory of its own shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tiled_attention as tiled
+from .dispatch import Decision, choose, register_decision
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys and values that queries attend to, and what is known about them.
+
+    key, value: (B, Lk, Hkv, D), Hkv divides the H of the query (grouped queries); any strides with a unit
+        one in D.
+    lengths, starts: (B,) int32 or int64; valid keys are starts[b] .. starts[b] + lengths[b] - 1. None =
+        all, from 0; 0 is allowed. What the
+        other rows hold doesn't matter.
+    gate: (H,) or (B, H), added to every logit of this source (the log weight of a modality); differentiable.
+    bias: broadcastable to (B, H, Lq, Lk), added to the logits; differentiable; -inf masks a key out.
+    causal: query i sees keys 0 .. i + Lk - Lq.
+    """
+
+    key: Tensor
+    value: Tensor
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
+    gate: Tensor | None = None
+    bias: Tensor | None = None
+    causal: bool = False
+
+
+def cross_modal_attention(
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    query_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softmax: str = "joint",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Attend from query (B, Lq, H, D) to all sources.
+
+    query: fp64, fp32, bf16 or fp16, any strides with a unit one in D; keys and values have the same dtype.
+    query_lengths: (B,) int32 or int64; rows past it get out 0, gradient 0 and lse -inf.
+    scale: factor of query . key, D ** -0.5 by default.
+    softmax: "joint" = one softmax over all sources; "per_source" = one for each, outputs summed.
+    dropout_p: probability in [0, 1) with which an attention weight is dropped; it needs `seed`.
+    seed: int, or (B,) int64, one for each sample, so that its dropout doesn't depend on the row or rank it
+        lies on.
+        The mask is a function of (seed, source, head, query, key), drawn again in the backward pass.
+    return_lse: also return lse, (B, H, Lq) for "joint", (B, H, Lq, num_sources) for "per_source".
+    return_mass: also return mass (B, H, Lq, num_sources), the share of attention that each source got
+        ("joint" only); all shares are 0 where lse is -inf.
+
+    Returns out (B, Lq, H, D) of query's dtype, then lse, then mass if asked; these two are fp32 (fp64 for
+    fp64) and differentiable, and know no dropout.
+    A query with no valid key: out 0, gradients 0, lse -inf. Deterministic, forward and backward.
+    Raises ValueError on bad input; lengths on a device are clamped instead, unless MMSCALE_CHECK=1.
+    """
+    sources = _sources(sources)
+    _check_options(softmax, dropout_p, seed, return_mass)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if softmax == "per_source" and len(sources) > 1:
+        seeds = _seeds(query, seed) if dropout_p > 0 else None
+        # a source's place tells its dropout from that of the others
+        runs = [
+            _run(query, [source], query_lengths, scale, dropout_p, seeds, place, backend)
+            for place, source in enumerate(sources)
+        ]
+        out = sum(
+            (out.to(source_lse.dtype) for out, source_lse in runs[1:]), start=runs[0][0].to(runs[0][1].dtype)
+        ).to(query.dtype)
+        return (out, torch.cat([lse for _, lse in runs], -1).transpose(1, 2)) if return_lse else out
+    seeds = _seeds(query, seed) if dropout_p > 0 else None
+    out, source_lse = _run(query, list(sources), query_lengths, scale, dropout_p, seeds, 0, backend)
+    if not (return_lse or return_mass):
+        return out
+    results = [out]
+    source_lse = source_lse.transpose(1, 2)
+    if softmax == "per_source":
+        return out, source_lse
+    dead = (source_lse == -math.inf).all(-1, keepdim=True)
+    # a finite stand-in, so that the gradient of such a row is 0 and not NaN
+    safe = source_lse.masked_fill(dead, 0.0)
+    if return_lse:
+        results.append(safe.logsumexp(-1).masked_fill(dead.squeeze(-1), -math.inf))
+    if return_mass:
+        results.append(safe.softmax(-1).masked_fill(dead, 0.0))
+    return tuple(results)
+
+
+def _decide(
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    query_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softmax: str = "joint",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Decision:
+    sources = _sources(sources)
+    _check_options(softmax, dropout_p, seed, return_mass)
+    seeds = _seeds(query, seed) if dropout_p > 0 else None
+    _check(query, sources, query_lengths, seeds)
+    num_joint = len(sources) if softmax == "joint" else 1
+    has_bias = any(source.bias is not None for source in sources)
+    return _choose(query, num_joint, has_bias, dropout_p, backend)
+
+
+register_decision(cross_modal_attention, _decide)
+
+
+def _choose(query: Tensor, num_joint: int, has_bias: bool, dropout_p: float, backend: str | None) -> Decision:
+    refusal = tiled.triton_refusal(query)
+    if num_joint > 1:
+        refusal = f"the kernels take one source at a time, and {num_joint} share a softmax"
+    elif has_bias:
+        refusal = "the kernels take no bias"
+    elif dropout_p > 0:
+        refusal = "the kernels have no dropout"
+    return choose("cross_modal_attention", backend, query.device, refusal)
+
+
+def _run(
+    query: Tensor,
+    sources: list[Source],
+    query_lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seeds: Tensor | None,
+    place: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Return out and the log-sum-exp of each source, (B, Lq, H, S), under one softmax."""
+    if backend == "reference":
+        _check(query, sources, query_lengths, seeds)
+        return _reference(query, sources, query_lengths, scale, dropout_p, seeds, place)
+    flat: list[list[Tensor]] = [[], [], [], []]
+    index: list[int] = []
+    for source in sources:
+        known = (source.lengths, source.starts, source.gate, source.bias)
+        for tensors, tensor in zip(flat, known, strict=True):
+            index.append(-1 if tensor is None else len(tensors))
+            if tensor is not None:
+                tensors.append(tensor)
+    out, source_lse = _attention(
+        query,
+        [source.key for source in sources],
+        [source.value for source in sources],
+        *flat,
+        index,
+        [source.causal for source in sources],
+        query_lengths,
+        scale,
+        dropout_p,
+        seeds,
+        place,
+        backend or "",
+    )
+    return out, source_lse
+
+
+@torch.library.custom_op("mmscale_kernels::cross_modal_attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    index: Sequence[int],
+    causal: Sequence[bool],
+    query_lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seeds: Tensor | None,
+    place: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return out and the log-sum-exp of each source, (B, Lq, H, S).
+
+    index: four numbers a source, its places in lengths, starts, gates and biases, -1 where it has none.
+    place: number of the first source, for dropout.
+    """
+    sources = _gather(keys, values, lengths, starts, gates, biases, index, causal)
+    _check(query, sources, query_lengths, seeds)
+    chosen = _choose(query, len(sources), len(biases) > 0, dropout_p, backend or None).backend
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty((*query.shape[:3], len(sources)), dtype=tiled.compute_dtype(query), device=query.device)
+    if lse.numel() == 0:
+        return out, lse
+    if chosen == "triton":
+        from . import triton_attention
+
+        triton_attention.attend(
+            query,
+            sources[0].key,
+            sources[0].value,
+            **_triton_arguments(query, sources[0], query_lengths, scale),
+            out=out,
+            lse=lse,
+        )
+        return out, lse
+    tiled.attend(
+        query,
+        [_engine_source(query, source) for source in sources],
+        scale=scale,
+        out=out,
+        lse=lse,
+        query_valid=_in_range(query.shape[1], query_lengths, None),
+        dropout=_dropout(dropout_p, seeds, place),
+    )
+    return out, lse
+
+
+@_attention.register_fake
+def _(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    index: Sequence[int],
+    causal: Sequence[bool],
+    query_lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seeds: Tensor | None,
+    place: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return out, torch.empty(
+        (*query.shape[:3], len(keys)), dtype=tiled.compute_dtype(query), device=query.device
+    )
+
+
+@torch.library.custom_op("mmscale_kernels::cross_modal_attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    out: Tensor,
+    source_lse: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    wants_bias: Sequence[bool],
+    index: Sequence[int],
+    causal: Sequence[bool],
+    query_lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seeds: Tensor | None,
+    place: int,
+    backend: str,
+) -> list[Tensor]:
+    """Return the gradients of query, keys, values, gates and biases in a row; a bias may want none (empty)."""
+    sources = _gather(keys, values, lengths, starts, gates, biases, index, causal)
+    dtype = tiled.compute_dtype(query)
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    chosen = _choose(query, len(sources), len(biases) > 0, dropout_p, backend or None).backend
+    if chosen == "triton" and source_lse.numel():
+        from . import triton_attention
+
+        source = sources[0]
+        grad_key, grad_value = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (keys[0], values[0])
+        )
+        by_column = triton_attention.attend_backward(
+            grad_out,
+            query,
+            source.key,
+            source.value,
+            **_triton_arguments(query, source, query_lengths, scale),
+            out=out,
+            lse=source_lse,
+            grad_query=grad_query,
+            grad_key=grad_key,
+            grad_value=grad_value,
+            grad_lse=None if grad_lse is None else grad_lse.contiguous(),
+        )
+        grads = [grad_query, grad_key, grad_value]
+        if source.gate is not None and by_column is not None:
+            by_head = by_column.sum(-1)
+            by_head = by_head if source.gate.shape == by_head.shape else by_head.sum(0)
+            grads.append(by_head.to(source.gate.dtype))
+        return grads
+
+    def zeros(like: Tensor) -> Tensor:
+        return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+    grad_keys, grad_values, grad_gates = (
+        [zeros(tensor) for tensor in tensors] for tensors in (keys, values, gates)
+    )
+    grad_biases = [
+        zeros(bias) if want else bias.new_empty(0) for bias, want in zip(biases, wants_bias, strict=True)
+    ]
+    into = []
+    for number in range(len(sources)):
+        gate, bias = index[4 * number + 2], index[4 * number + 3]
+        into.append(
+            tiled.SourceGradients(
+                key=grad_keys[number],
+                value=grad_values[number],
+                gate=_widened(grad_gates[gate], 2) if gate >= 0 else None,
+                bias=_widened(grad_biases[bias], 4) if bias >= 0 and wants_bias[bias] else None,
+            )
+        )
+    if source_lse.numel():
+        tiled.attend_backward(
+            grad_out,
+            query,
+            [_engine_source(query, source) for source in sources],
+            scale=scale,
+            out=out,
+            lse=source_lse.logsumexp(-1),
+            grad_query=grad_query,
+            grad_sources=into,
+            source_lse=source_lse,
+            grad_lse=grad_lse,
+            query_valid=_in_range(query.shape[1], query_lengths, None),
+            dropout=_dropout(dropout_p, seeds, place),
+        )
+    return [
+        grad_query,
+        *(grad.to(query.dtype) for grad in (*grad_keys, *grad_values)),
+        *(grad.to(like.dtype) for grad, like in zip(grad_gates, gates, strict=True)),
+        *(grad.to(like.dtype) for grad, like in zip(grad_biases, biases, strict=True)),
+    ]
+
+
+@_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    out: Tensor,
+    source_lse: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    wants_bias: Sequence[bool],
+    index: Sequence[int],
+    causal: Sequence[bool],
+    query_lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seeds: Tensor | None,
+    place: int,
+    backend: str,
+) -> list[Tensor]:
+    return [
+        *(
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            for tensor in (query, *keys, *values, *gates)
+        ),
+        *(
+            torch.empty(bias.shape if want else (0,), dtype=bias.dtype, device=bias.device)
+            for bias, want in zip(biases, wants_bias, strict=True)
+        ),
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, keys, values, lengths, starts, gates, biases, *table = inputs
+    index, causal, query_lengths, scale, dropout_p, seeds, place, backend = table
+    ctx.set_materialize_grads(False)
+    lists = (keys, values, lengths, starts, gates, biases)
+    ctx.counts = [len(tensors) for tensors in lists]
+    ctx.wants_bias = [bias.requires_grad for bias in biases]
+    ctx.table = (index, causal, scale, dropout_p, place, backend)
+    flat = [tensor for tensors in lists for tensor in tensors]
+    ctx.save_for_backward(query, query_lengths, seeds, *output, *flat)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, query_lengths, seeds, out, source_lse, *flat = ctx.saved_tensors
+    lists = []
+    for count in ctx.counts:
+        lists.append(flat[:count])
+        flat = flat[count:]
+    index, causal, scale, dropout_p, place, backend = ctx.table
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = _attention_backward(
+        grad_out, grad_lse, query, out, source_lse, *lists, ctx.wants_bias, index, causal,
+        query_lengths, scale, dropout_p, seeds, place, backend,
+    )  # fmt: skip
+    num_keys, _, num_lengths, num_starts, num_gates, _ = ctx.counts
+    grad_query, *grads = grads
+    grad_keys, grads = grads[:num_keys], grads[num_keys:]
+    grad_values, grads = grads[:num_keys], grads[num_keys:]
+    grad_gates, grad_biases = grads[:num_gates], grads[num_gates:]
+    grad_biases = [grad if want else None for grad, want in zip(grad_biases, ctx.wants_bias, strict=True)]
+    nothing = [None] * num_lengths, [None] * num_starts
+    return grad_query, grad_keys, grad_values, *nothing, grad_gates, grad_biases, *[None] * 8
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _gather(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    index: Sequence[int],
+    causal: Sequence[bool],
+) -> list[Source]:
+    """Put the sources together again."""
+
+    def pick(tensors: Sequence[Tensor], place: int) -> Tensor | None:
+        return tensors[place] if place >= 0 else None
+
+    return [
+        Source(
+            keys[number],
+            values[number],
+            lengths=pick(lengths, index[4 * number]),
+            starts=pick(starts, index[4 * number + 1]),
+            gate=pick(gates, index[4 * number + 2]),
+            bias=pick(biases, index[4 * number + 3]),
+            causal=causal[number],
+        )
+        for number in range(len(keys))
+    ]
+
+
+def _in_range(size: int, lengths: Tensor | None, starts: Tensor | None) -> Tensor | None:
+    """Return which of `size` places lie in starts .. starts + lengths - 1, (B, size) bool; None = all."""
+    if lengths is None and starts is None:
+        return None
+    given = lengths if lengths is not None else starts
+    assert given is not None
+    place = torch.arange(size, device=given.device)
+    valid = torch.ones(given.shape[0], size, dtype=torch.bool, device=given.device)
+    if starts is not None:
+        valid &= place >= starts[:, None]
+    if lengths is not None:
+        end = lengths if starts is None else starts + lengths
+        valid &= place < end[:, None]
+    return valid
+
+
+def _widened(tensor: Tensor, dims: int) -> Tensor:
+    """View with leading dimensions of size 1 up to `dims` dimensions."""
+    return tensor[(None,) * (dims - tensor.dim())]
+
+
+def _engine_source(query: Tensor, source: Source) -> tiled.KeySource:
+    size = source.key.shape[1]
+    return tiled.KeySource(
+        key=source.key,
+        value=source.value,
+        valid=_in_range(size, source.lengths, source.starts),
+        gate=None if source.gate is None else _widened(source.gate, 2),
+        bias=None if source.bias is None else _widened(source.bias, 4),
+        diagonal=size - query.shape[1] if source.causal else None,
+    )
+
+
+def _triton_arguments(
+    query: Tensor, source: Source, query_lengths: Tensor | None, scale: float
+) -> dict[str, Any]:
+    from .triton_attention import Ranges
+
+    def ranges(size: int, lengths: Tensor | None, starts: Tensor | None) -> Ranges:
+        begin = torch.zeros(query.shape[0], 1, dtype=torch.int32, device=query.device)
+        if starts is not None:
+            begin.copy_(starts[:, None].clamp(0, size))
+        end = torch.full_like(begin, size)
+        if lengths is not None:
+            end.copy_((begin + lengths[:, None]).clamp(0, size))
+        return Ranges(begin, end)
+
+    size = source.key.shape[1]
+    return {
+        "queries": ranges(query.shape[1], query_lengths, None),
+        "keys": ranges(size, source.lengths, source.starts),
+        "scale": scale,
+        "causal_from": 0 if source.causal else None,
+        "shift": size - query.shape[1],
+        "gates": None if source.gate is None else _widened(source.gate, 2)[:, None].contiguous(),
+    }
+
+
+def _dropout(probability: float, seeds: Tensor | None, place: int) -> tiled.Dropout | None:
+    return None if seeds is None or probability == 0 else tiled.Dropout(probability, seeds, place)
+
+
+def _seeds(query: Tensor, seed: int | Tensor | None) -> Tensor:
+    """Return one seed for each sample, (B,) int64."""
+    if isinstance(seed, Tensor):
+        return seed
+    assert seed is not None
+    rows = torch.arange(query.shape[0], device=query.device, dtype=torch.int64)
+    # the low word is the seed, the high word the row
+    return (rows << 32) | (seed & 0xFFFFFFFF)
+
+
+def _reference(
+    query: Tensor,
+    sources: list[Source],
+    query_lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seeds: Tensor | None,
+    place: int,
+) -> tuple[Tensor, Tensor]:
+    """Dense attention with every mask written out, differentiated by autograd."""
+    batch, num_queries, num_heads, _ = query.shape
+    dtype = tiled.compute_dtype(query)
+    rows = _in_range(num_queries, query_lengths, None)
+    rows = torch.ones(batch, num_queries, dtype=torch.bool, device=query.device) if rows is None else rows
+    wide = query.to(dtype).masked_fill(~rows[:, :, None, None], 0.0)
+    dropout = _dropout(dropout_p, seeds, place)
+    all_logits, all_seen, all_values, all_kept = [], [], [], []
+    for number, source in enumerate(sources):
+        size = source.key.shape[1]
+        seen = rows[:, None, :, None].expand(batch, 1, num_queries, size)
+        key, value = source.key.to(dtype), source.value.to(dtype)
+        valid = _in_range(size, source.lengths, source.starts)
+        if valid is not None:
+            seen = seen & valid[:, None, None, :]
+            key, value = (x.masked_fill(~valid[:, :, None, None], 0.0) for x in (key, value))
+        if source.causal:
+            last = torch.arange(num_queries, device=query.device) + size - num_queries
+            seen = seen & (torch.arange(size, device=query.device) <= last[:, None])
+        key, value = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (key, value))
+        logits = torch.einsum("bqhd,bkhd->bhqk", wide, key) * scale
+        if source.gate is not None:
+            logits = logits + source.gate.to(dtype)[..., None, None]
+        if source.bias is not None:
+            logits = logits + source.bias.to(dtype)
+        all_logits.append(logits)
+        all_seen.append((seen & (logits > -math.inf)).expand_as(logits))
+        all_values.append(value)
+        if dropout is not None:
+            kept = dropout.keep(slice(None), number, range(num_queries), range(size), num_heads)
+            all_kept.append(kept.to(dtype))
+    seen = torch.cat(all_seen, -1)
+    logits = torch.cat(all_logits, -1).masked_fill(~seen, torch.finfo(dtype).min)
+    probability = logits.softmax(-1).masked_fill(~seen, 0.0)
+    if dropout is not None:
+        probability = probability * torch.cat(all_kept, -1)
+    out = torch.einsum("bhqk,bkhd->bqhd", probability, torch.cat(all_values, 1)).to(query.dtype)
+    lse = []
+    for part, visible in zip(all_logits, all_seen, strict=True):
+        dead = ~visible.any(-1)
+        filled = part.masked_fill(~visible, -math.inf).masked_fill(dead[..., None], 0.0)
+        log = filled.logsumexp(-1) if part.shape[-1] else part.new_zeros(part.shape[:-1])
+        lse.append(log.masked_fill(dead, -math.inf))
+    return out, torch.stack(lse, -1).transpose(1, 2)
+
+
+def _sources(sources: Sequence[Source]) -> list[Source]:
+    if isinstance(sources, Source) or not all(isinstance(source, Source) for source in sources):
+        raise ValueError(f"sources is {type(sources).__name__}; it needs to be a list of Source")
+    if len(sources) == 0:
+        raise ValueError("sources is empty; it needs at least one Source")
+    return list(sources)
+
+
+def _check_options(softmax: str, dropout_p: float, seed: int | Tensor | None, return_mass: bool) -> None:
+    if softmax not in ("joint", "per_source"):
+        raise ValueError(f'softmax is {softmax!r}; it needs to be "joint" or "per_source"')
+    if return_mass and softmax != "joint":
+        raise ValueError('return_mass is True and softmax is "per_source"; mass needs softmax="joint"')
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it needs to lie in [0, 1)")
+    if dropout_p > 0 and seed is None:
+        raise ValueError(
+            f"seed is None and dropout_p is {dropout_p}; dropout needs an int or a (B,) int64 tensor"
+        )
+
+
+def _check(
+    query: Tensor, sources: Sequence[Source], query_lengths: Tensor | None, seeds: Tensor | None
+) -> None:
+    """Raise ValueError naming the first argument that can't be used."""
+    if query.dim() != 4:
+        raise ValueError(f"query has shape {tuple(query.shape)}; it needs to be (B, Lq, H, D)")
+    if query.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"query has dtype {query.dtype}; it needs float64, float32, bfloat16 or float16")
+    batch, num_queries, num_heads, width = query.shape
+    if num_heads == 0 or width == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}; it needs H >= 1 and D >= 1")
+    _check_stride("query", query)
+    _check_counts("query_lengths", query_lengths, query, num_queries)
+    if seeds is not None and (seeds.shape != (batch,) or seeds.dtype != torch.int64):
+        raise ValueError(
+            f"seed has shape {tuple(seeds.shape)} and dtype {seeds.dtype}; "
+            f"it needs ({batch},) and int64, or to be an int"
+        )
+    if seeds is not None and seeds.device != query.device:
+        raise ValueError(f"seed lies on {seeds.device}; it needs query's device, {query.device}")
+    for number, source in enumerate(sources):
+        name = f"sources[{number}]"
+        key, value = source.key, source.value
+        if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != width:
+            raise ValueError(
+                f"{name}.key has shape {tuple(key.shape)}; "
+                f"it needs ({batch}, Lk, Hkv, {width}) for query {tuple(query.shape)}"
+            )
+        if value.shape != key.shape:
+            raise ValueError(
+                f"{name}.value has shape {tuple(value.shape)}; it needs that of key, {tuple(key.shape)}"
+            )
+        if key.shape[2] == 0 or num_heads % key.shape[2]:
+            raise ValueError(
+                f"{name}.key has {key.shape[2]} heads; it needs a number that divides query's {num_heads}"
+            )
+        for label, tensor in (("key", key), ("value", value)):
+            if tensor.dtype != query.dtype or tensor.device != query.device:
+                raise ValueError(
+                    f"{name}.{label} is {tensor.dtype} on {tensor.device}; "
+                    f"it needs {query.dtype} on {query.device}, as query"
+                )
+            _check_stride(f"{name}.{label}", tensor)
+        _check_counts(f"{name}.lengths", source.lengths, query, key.shape[1])
+        _check_counts(f"{name}.starts", source.starts, query, key.shape[1])
+        if source.lengths is not None and source.starts is not None and tiled.readable(source.lengths):
+            end = int((source.starts + source.lengths).max()) if batch else 0
+            if end > key.shape[1]:
+                raise ValueError(
+                    f"{name}.starts + {name}.lengths reaches {end}; "
+                    f"it needs to stay within Lk = {key.shape[1]}"
+                )
+        gate, bias = source.gate, source.bias
+        if gate is not None and gate.shape not in ((num_heads,), (batch, num_heads)):
+            raise ValueError(
+                f"{name}.gate has shape {tuple(gate.shape)}; "
+                f"it needs ({num_heads},) or ({batch}, {num_heads})"
+            )
+        if bias is not None:
+            full = (batch, num_heads, num_queries, key.shape[1])
+            sizes = zip(reversed(bias.shape), reversed(full), strict=False)
+            if bias.dim() > 4 or any(size not in (1, whole) for size, whole in sizes):
+                raise ValueError(
+                    f"{name}.bias has shape {tuple(bias.shape)}; it needs to broadcast to {full}"
+                )
+        for label, term in (("gate", gate), ("bias", bias)):
+            if term is not None and (not term.is_floating_point() or term.device != query.device):
+                raise ValueError(
+                    f"{name}.{label} is {term.dtype} on {term.device}; "
+                    f"it needs a floating dtype on {query.device}"
+                )
+
+
+def _check_stride(name: str, tensor: Tensor) -> None:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(
+            f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; it needs stride 1 in D"
+        )
+
+
+def _check_counts(name: str, counts: Tensor | None, query: Tensor, most: int) -> None:
+    if counts is None:
+        return
+    batch = query.shape[0]
+    if counts.shape != (batch,) or counts.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name} has shape {tuple(counts.shape)} and dtype {counts.dtype}; "
+            f"it needs ({batch},), int32 or int64"
+        )
+    if counts.device != query.device:
+        raise ValueError(f"{name} lies on {counts.device}; it needs query's device, {query.device}")
+    if batch and tiled.readable(counts):
+        low, high = (int(x) for x in counts.aminmax())
+        if low < 0 or high > most:
+            raise ValueError(f"{name} lies in {low} .. {high}; it needs to lie in 0 .. {most}")

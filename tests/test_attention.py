@@ -1,0 +1,455 @@
+"""cross_modal_attention on the CPU: its tiled form against its dense form and against loops written here."""
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import mmscale_kernels.tiled_attention as tiled
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmscale_kernels.attention import Source, _attention, cross_modal_attention
+from mmscale_kernels.dispatch import explain
+from torch import Tensor
+
+# fp64 sums of at most a few hundred terms of size 1 to 10: 1e-12 is 100 times their rounding.
+EXACT = 1e-12
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def source(batch: int, size: int, heads: int, width: int, **known: Any) -> Source:
+    return Source(leaf(batch, size, heads, width), leaf(batch, size, heads, width), **known)
+
+
+def leaves_of(query: Tensor, sources: list[Source]) -> list[Tensor]:
+    tensors = [query]
+    for one in sources:
+        tensors += [x for x in (one.key, one.value, one.gate, one.bias) if x is not None and x.requires_grad]
+    return tensors
+
+
+def results(query: Tensor, sources: list[Source], **options: Any) -> list[Tensor]:
+    """Return the outputs, -inf replaced by a mark, and the gradients of a fixed random projection of them."""
+    outputs = cross_modal_attention(query, sources, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    finite = [x.masked_fill(x == -math.inf, 0.0) for x in outputs]
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in finite]
+    loss = sum((x * w).sum() for x, w in zip(finite, weights, strict=True))
+    leaves = leaves_of(query, sources)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    marked = [x.detach().masked_fill(x == -math.inf, -12345.0) for x in outputs]
+    return [
+        *marked,
+        *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)),
+    ]
+
+
+def assert_same(got: list[Tensor], wanted: list[Tensor], tolerance: float = EXACT) -> None:
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def oracle(
+    query: Tensor, sources: list[Source], query_lengths: Tensor | None, scale: float, per_source: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend row by row over the list of visible keys; return out, lse (a source), mass."""
+    batch, num_queries, heads, width = query.shape
+    out, lses, masses = [], [], []
+    for b in range(batch):
+        for i in range(num_queries):
+            for h in range(heads):
+                logits: list[list[Tensor]] = []
+                values: list[list[Tensor]] = []
+                for one in sources:
+                    size, group = one.key.shape[1], heads // one.key.shape[2]
+                    begin = 0 if one.starts is None else int(one.starts[b])
+                    end = size if one.lengths is None else begin + int(one.lengths[b])
+                    end = min(end, i + size - num_queries + 1) if one.causal else end
+                    end = 0 if query_lengths is not None and i >= int(query_lengths[b]) else end
+                    logits.append([])
+                    values.append([])
+                    for j in range(begin, end):
+                        logit = (query[b, i, h] * one.key[b, j, h // group]).sum() * scale
+                        if one.gate is not None:
+                            logit = logit + (one.gate[h] if one.gate.dim() == 1 else one.gate[b, h])
+                        if one.bias is not None:
+                            logit = logit + one.bias.expand(batch, heads, num_queries, size)[b, h, i, j]
+                        if logit > -math.inf:
+                            logits[-1].append(logit)
+                            values[-1].append(one.value[b, j, h // group])
+                nothing = query.new_tensor(-math.inf)
+                lse = torch.stack([torch.stack(x).logsumexp(0) if x else nothing for x in logits])
+                total = lse.logsumexp(0)
+                row = query.new_zeros(width)
+                for s in range(len(sources)):
+                    base = lse[s] if per_source else total
+                    for logit, value in zip(logits[s], values[s], strict=True):
+                        row = row + (logit - base).exp() * value
+                out.append(row)
+                lses.append(lse)
+                masses.append((lse - total).exp() if total > -math.inf else torch.zeros_like(lse))
+    shape = (batch, num_queries, heads)
+    joined = [torch.stack(x).view(*shape, -1) for x in (out, lses, masses)]
+    return joined[0], joined[1].transpose(1, 2), joined[2].transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("softmax", ["joint", "per_source"])
+def test_against_loops(backend: str, softmax: str) -> None:
+    torch.manual_seed(0)
+    bias = torch.randn(2, 1, 3, 4, dtype=torch.float64)
+    bias[0, 0, 1, 2] = -math.inf
+    query = leaf(2, 3, 4, 5)
+    sources = [
+        source(2, 4, 2, 5, lengths=torch.tensor([4, 0]), gate=leaf(4)),
+        source(2, 5, 1, 5, lengths=torch.tensor([2, 3]), starts=torch.tensor([3, 1]), causal=True),
+        source(2, 4, 4, 5, gate=leaf(2, 4), bias=bias.requires_grad_(), starts=torch.tensor([1, 4])),
+    ]
+    lengths = torch.tensor([3, 2], dtype=torch.int32)
+    out, lse, mass = oracle(query, sources, lengths, 0.7, softmax == "per_source")
+    options = {"query_lengths": lengths, "scale": 0.7, "softmax": softmax, "backend": backend}
+    got = cross_modal_attention(query, sources, return_lse=True, return_mass=softmax == "joint", **options)
+    assert_same([got[0]], [out])
+    assert_same([got[1]], [lse.logsumexp(-1) if softmax == "joint" else lse])
+    if softmax == "joint":
+        assert_same([got[2]], [mass])
+    weight = torch.randn_like(out)
+    leaves = leaves_of(query, sources)
+    assert_same(
+        list(torch.autograd.grad((got[0] * weight).sum(), leaves)),
+        list(torch.autograd.grad((out * weight).sum(), leaves)),
+    )
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[Tensor, list[Source], dict[str, Any]]:
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    whole = st.integers
+    batch, heads, width = (
+        draw(whole(1, 3)),
+        draw(st.sampled_from([1, 2, 4])),
+        draw(st.sampled_from([1, 4, 5])),
+    )
+    num_queries = draw(st.sampled_from([1, 2, 7, 37]))
+    some = st.booleans()
+    sources = []
+    for _ in range(draw(whole(1, 3))):
+        size = draw(whole(1, 12))
+        known: dict[str, Any] = {"causal": draw(some)}
+        begin = [0] * batch
+        if draw(some):
+            begin = [draw(whole(0, size)) for _ in range(batch)]
+            known["starts"] = torch.tensor(begin, dtype=draw(st.sampled_from([torch.int32, torch.int64])))
+        if draw(some):
+            known["lengths"] = torch.tensor([draw(whole(0, size - n)) for n in begin])
+        if draw(some):
+            known["gate"] = leaf(*((heads,) if draw(some) else (batch, heads)))
+        if draw(some):
+            shape = [n if draw(some) else 1 for n in (batch, heads, num_queries, size)][draw(whole(0, 2)) :]
+            bias = torch.randn(shape, dtype=torch.float64)
+            known["bias"] = bias.masked_fill(torch.rand(shape) < 0.1, -math.inf).requires_grad_()
+        sources.append(source(batch, size, draw(st.sampled_from([1, heads])), width, **known))
+    options: dict[str, Any] = {
+        "softmax": draw(st.sampled_from(["joint", "per_source"])),
+        "return_lse": draw(some),
+    }
+    options["return_mass"] = options["softmax"] == "joint" and draw(some)
+    if draw(some):
+        options["query_lengths"] = torch.tensor([draw(whole(0, num_queries)) for _ in range(batch)])
+    if draw(some):
+        seeds = torch.randint(0, 2**60, (batch,))
+        options |= {"dropout_p": 0.4, "seed": draw(st.sampled_from([5, seeds]))}
+    return leaf(batch, num_queries, heads, width), sources, options
+
+
+@pytest.mark.parametrize("tiny_tiles", [False, True])
+@given(call=calls())
+@settings(max_examples=40, deadline=None)
+def test_tiled_equals_dense(tiny_tiles: bool, call: tuple[Tensor, list[Source], dict[str, Any]]) -> None:
+    query, sources, options = call
+    with pytest.MonkeyPatch.context() as patch:
+        if tiny_tiles:  # several tiles of queries, of keys and of samples
+            patch.setattr(tiled, "_KEY_BLOCK", 4)
+            patch.setattr(tiled, "_TILE_PER_THREAD", 64)
+        got = results(query, sources, backend="torch", **options)
+    assert_same(got, results(query, sources, backend="reference", **options))
+    assert all(torch.isfinite(x).all() for x in got)
+
+
+def test_gradcheck() -> None:
+    torch.manual_seed(1)
+    query, gate, bias = leaf(2, 2, 2, 2), leaf(2), leaf(2, 1, 1, 2)
+    first, second = source(2, 3, 1, 2), source(2, 2, 2, 2)
+
+    def run(query: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor, gate: Tensor, bias: Tensor) -> Any:
+        one = Source(k1, v1, gate=gate, lengths=torch.tensor([3, 1]))
+        two = Source(k2, v2, bias=bias, causal=True)
+        return cross_modal_attention(
+            query, [one, two], return_lse=True, return_mass=True, dropout_p=0.3, seed=4, backend="torch"
+        )
+
+    inputs = (query, first.key, first.value, second.key, second.value, gate, bias)
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_queries_that_see_nothing() -> None:
+    torch.manual_seed(2)
+    query = leaf(2, 3, 2, 4)
+    # causal with fewer keys than queries: the first query sees none
+    sources = [source(2, 2, 2, 4, causal=True), source(2, 3, 2, 4, lengths=torch.tensor([0, 3]))]
+    out, lse, mass = cross_modal_attention(query, sources, return_lse=True, return_mass=True)
+    assert (out[0, 0] == 0).all()
+    assert (lse[0, :, 0] == -math.inf).all()
+    assert (mass[0, :, 0] == 0).all()
+    assert torch.isfinite(lse[0, :, 1:]).all()
+    loss = out.sum() + mass[..., 0].sum() + lse[torch.isfinite(lse)].sum()
+    grads = torch.autograd.grad(loss, leaves_of(query, sources))
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert (grads[0][0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_what_padding_holds_does_not_matter(backend: str) -> None:
+    torch.manual_seed(3)
+    query = leaf(2, 4, 2, 4)
+    lengths, starts, rows = torch.tensor([2, 3]), torch.tensor([1, 0]), torch.tensor([4, 2])
+    clean = source(2, 5, 1, 4, lengths=lengths, starts=starts)
+    place = torch.arange(5)
+    padding = (place < starts[:, None]) | (place >= (starts + lengths)[:, None])
+    poisoned = Source(
+        *(
+            x.detach().masked_fill(padding[:, :, None, None], math.nan).requires_grad_()
+            for x in (clean.key, clean.value)
+        ),
+        lengths=lengths,
+        starts=starts,
+    )
+    past = (torch.arange(4) >= rows[:, None])[:, :, None, None]
+    poisoned_query = query.detach().masked_fill(past, math.nan).requires_grad_()
+    options = {"query_lengths": rows, "return_lse": True, "backend": backend}
+    got, wanted = results(poisoned_query, [poisoned], **options), results(query, [clean], **options)
+    assert_same(got, wanted)
+    assert (got[0].masked_select(past) == 0).all()
+    assert (got[2].masked_select(past) == 0).all()
+    assert (got[3].masked_select(padding[:, :, None, None]) == 0).all()
+
+
+def test_strided_views_of_one_buffer() -> None:
+    torch.manual_seed(4)
+    buffer = leaf(2, 9, 6, 4)
+    query, key, value = buffer[:, 5:, :2], buffer[:, :5, 2:4], buffer[:, :5, 4:]
+    got = cross_modal_attention(query, [Source(key, value)])
+    wanted = cross_modal_attention(
+        query.contiguous(), [Source(key.contiguous(), value.contiguous())], backend="reference"
+    )
+    weight = torch.randn_like(got)
+    assert_same(
+        [got, *torch.autograd.grad((got * weight).sum(), buffer)],
+        [wanted, *torch.autograd.grad((wanted * weight).sum(), buffer)],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    query = leaf(2, 6, 4, 8)
+    sources = [source(2, 7, 2, 8, lengths=torch.tensor([7, 3])), source(2, 3, 4, 8, gate=leaf(4))]
+
+    def cast(x: Tensor) -> Tensor:
+        return x.detach().to(dtype).requires_grad_()
+
+    low = [Source(cast(s.key), cast(s.value), s.lengths, gate=s.gate) for s in sources]
+    rounded = [
+        Source(
+            x.key.detach().double().requires_grad_(),
+            x.value.detach().double().requires_grad_(),
+            x.lengths,
+            gate=x.gate,
+        )
+        for x in low
+    ]
+    got = results(cast(query), low, return_lse=True)
+    wanted = results(
+        cast(query).detach().double().requires_grad_(), rounded, return_lse=True, backend="reference"
+    )
+    assert got[0].dtype == dtype
+    assert got[1].dtype == torch.float32
+    # Inputs are the same; what is left is the rounding of outputs of size up to 8, and fp32 arithmetic.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert_same([x.double() for x in got], [x.double() for x in wanted], tolerance)
+
+
+def test_dropout_is_a_function_of_the_seed() -> None:
+    torch.manual_seed(6)
+    query, keys = leaf(4, 64, 2, 4), source(4, 128, 2, 4)
+    seeds = torch.tensor([11, 12, 13, 2**40 + 11])
+
+    def run(rows: list[int]) -> Tensor:
+        one = Source(keys.key[rows], keys.value[rows])
+        return cross_modal_attention(query[rows], [one], dropout_p=0.25, seed=seeds[rows])
+
+    whole = run([0, 1, 2, 3])
+    # the same sums, but the batched products of another batch size may group them differently
+    torch.testing.assert_close(run([2, 0]), whole[[2, 0]], rtol=EXACT, atol=EXACT)
+    assert torch.equal(whole, run([0, 1, 2, 3]))
+    keep = tiled.Dropout(0.25, seeds).keep(slice(None), 0, range(64), range(128), 2)
+    kept = keep > 0
+    # 65,536 draws of probability 0.75: the standard deviation of the mean is 0.0017
+    assert abs(kept.float().mean().item() - 0.75) < 0.007
+    for other in (kept.roll(1, 0), kept.roll(1, 1), kept.roll(1, 2), kept.roll(1, 3)):
+        # two independent masks agree with probability 0.625, +- 0.0019
+        assert abs((kept == other).float().mean().item() - 0.625) < 0.008
+    first = tiled.Dropout(0.25, seeds).keep(slice(None), 1, range(64), range(128), 2) > 0
+    assert abs((kept == first).float().mean().item() - 0.625) < 0.008
+    # one number: every sample has its own mask
+    by_number = cross_modal_attention(
+        query[[0, 0]], [Source(keys.key[[0, 0]], keys.value[[0, 0]])], dropout_p=0.25, seed=3
+    )
+    assert not torch.equal(by_number[0], by_number[1])
+
+
+def test_sources_of_a_sum_drop_independently() -> None:
+    torch.manual_seed(7)
+    query, one = leaf(1, 8, 1, 4), source(1, 32, 1, 4)
+    options = {"softmax": "per_source", "dropout_p": 0.5, "seed": 1}
+    alone = cross_modal_attention(query, [one], **options)
+    twice = cross_modal_attention(query, [one, one], **options)
+    assert not torch.allclose(twice, 2 * alone)
+
+
+def test_opcheck() -> None:
+    torch.manual_seed(8)
+    one, two = source(2, 4, 1, 4), source(2, 5, 2, 4)
+    index = [0, -1, 0, -1, -1, -1, -1, 0]
+    terms = (
+        [torch.tensor([2, 3])],
+        [],
+        [leaf(2)],
+        [leaf(2, 1, 5)],
+        index,
+        [False, True],
+        torch.tensor([3, 1]),
+    )
+    arguments = (
+        *(leaf(2, 3, 2, 4), [one.key, two.key], [one.value, two.value]),
+        *(*terms, 0.5, 0.0, None, 0, ""),
+    )
+    torch.library.opcheck(_attention, arguments)
+
+
+def test_compiled_is_the_same() -> None:
+    torch.manual_seed(9)
+    one, two = source(2, 4, 1, 4), source(2, 5, 2, 4)
+    inputs = [leaf(2, 3, 2, 4), one.key, one.value, two.key, two.value, leaf(2), leaf(2, 1, 1, 5)]
+
+    def run(q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor, gate: Tensor, bias: Tensor) -> Any:
+        sources = [Source(k1, v1, lengths=torch.tensor([2, 3]), gate=gate), Source(k2, v2, bias=bias)]
+        return cross_modal_attention(q, sources, return_lse=True, return_mass=True, dropout_p=0.2, seed=5)
+
+    wanted, got = run(*inputs), torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs)
+    assert_same(list(got), list(wanted))
+    grads = [torch.autograd.grad(sum(x.square().sum() for x in y), inputs) for y in (got, wanted)]
+    assert_same(list(grads[0]), list(grads[1]))
+
+
+def test_a_bias_without_gradient_gets_none() -> None:
+    query, one = leaf(1, 3, 2, 4), source(1, 5, 2, 4, bias=torch.randn(3, 5))
+    cross_modal_attention(query, [one]).sum().backward()
+    assert query.grad is not None
+    assert one.bias is not None
+    assert one.bias.grad is None
+
+
+PEAK = """
+import resource, torch
+from mmscale_kernels.attention import Source, cross_modal_attention
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, 3000, 2, 8, requires_grad=True) for _ in range(3))
+def run(n):
+    cross_modal_attention(q[:, :n], [Source(k[:, :n], v[:, :n])], backend="torch").sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = run(64)
+print(run(3000) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+def test_memory_does_not_grow_with_the_matrix() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    # The matrix of logits would be 2 * 3000 * 3000 * 4 B = 72 MB, of which autograd would hold several.
+    assert int(done.stdout) < 36_000
+
+
+def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
+    def one(**changes: Any) -> list[Source]:
+        base: dict[str, Any] = {"key": torch.zeros(2, 5, 2, 4), "value": torch.zeros(2, 5, 2, 4)}
+        return [Source(**(base | changes))]
+
+    return {
+        "no sources": ({"sources": []}, "sources is empty"),
+        "not sources": ({"sources": [torch.zeros(1)]}, "list of Source"),
+        "query rank": ({"query": torch.zeros(2, 3, 4)}, r"query has shape \(2, 3, 4\)"),
+        "query dtype": ({"query": torch.zeros(2, 3, 4, 4, dtype=torch.int32)}, "query has dtype"),
+        "query stride": ({"query": torch.zeros(2, 3, 4, 8)[..., ::2]}, "stride 1 in D"),
+        "key width": ({"sources": one(key=torch.zeros(2, 5, 2, 3))}, r"sources\[0\].key has shape"),
+        "value shape": ({"sources": one(value=torch.zeros(2, 4, 2, 4))}, r"sources\[0\].value has shape"),
+        "heads": ({"sources": one(key=torch.zeros(2, 5, 3, 4), value=torch.zeros(2, 5, 3, 4))}, "3 heads"),
+        "dtype": (
+            {"sources": one(value=torch.zeros(2, 5, 2, 4).double())},
+            r"sources\[0\].value is torch.float64",
+        ),
+        "lengths": ({"sources": one(lengths=torch.tensor([6, 0]))}, r"lengths lies in 0 .. 6; .* 0 .. 5"),
+        "negative": ({"sources": one(lengths=torch.tensor([-1, 0]))}, "lengths lies in -1"),
+        "float lengths": ({"sources": one(lengths=torch.zeros(2))}, "int32 or int64"),
+        "range": ({"sources": one(lengths=torch.tensor([3, 3]), starts=torch.tensor([3, 0]))}, "reaches 6"),
+        "gate": ({"sources": one(gate=torch.zeros(3))}, r"gate has shape \(3,\)"),
+        "bias": ({"sources": one(bias=torch.zeros(4, 5))}, r"bias has shape \(4, 5\)"),
+        "query_lengths": ({"query_lengths": torch.tensor([4, 1])}, "query_lengths lies in 1 .. 4"),
+        "softmax": ({"softmax": "both"}, "softmax is 'both'"),
+        "mass": ({"softmax": "per_source", "return_mass": True}, "return_mass"),
+        "dropout": ({"dropout_p": 1.0}, "dropout_p is 1.0"),
+        "no seed": ({"dropout_p": 0.5}, "seed is None"),
+        "seed": ({"dropout_p": 0.5, "seed": torch.zeros(3).long()}, "seed has shape"),
+        "backend": ({"backend": "cuda"}, "backend is 'cuda'"),
+        "no kernel": ({"backend": "triton", "dropout_p": 0.1, "seed": 0}, "triton"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_bad_input_is_named(name: str) -> None:
+    changes, message = bad_calls()[name]
+    known = [Source(torch.zeros(2, 5, 2, 4), torch.zeros(2, 5, 2, 4))]
+    call: dict[str, Any] = {"query": torch.zeros(2, 3, 4, 4), "sources": known} | changes
+    for run in (cross_modal_attention, lambda *a, **k: explain(cross_modal_attention, *a, **k)):
+        with pytest.raises(ValueError, match=message):
+            run(
+                call["query"],
+                call["sources"],
+                **{k: v for k, v in call.items() if k not in ("query", "sources")},
+            )
+
+
+def test_explain_says_why() -> None:
+    known = Source(torch.zeros(2, 5, 2, 4), torch.zeros(2, 5, 2, 4))
+    decision = explain(cross_modal_attention, torch.zeros(2, 3, 4, 4), [known, known])
+    assert decision.backend == "torch"
+    assert "triton" in dict(decision.passed_over)
+
+
+def test_nothing_to_do() -> None:
+    for batch, num_queries, size in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        query, one = leaf(batch, num_queries, 2, 4), source(batch, size, 2, 4)
+        out, lse = cross_modal_attention(query, [one], return_lse=True)
+        out.sum().backward()
+        assert out.shape == query.shape
+        assert (out == 0).all()
+        assert (lse == -math.inf).all()
+        assert query.grad is not None
+        assert (query.grad == 0).all()

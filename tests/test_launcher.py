@@ -1,0 +1,223 @@
+"""The launcher on one machine: ranks and their environment, errors, restarts, places; all on one Ray.
+
+What takes longer, or kills more than a rank, is in `chaos/test_launch.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_worker
+import pytest
+from mmscale_launcher import RankFailed, launch, processes
+from mmscale_launcher.rank import _PEER_FAILED, Reporter, _interface, _pickled
+
+from mmscale.config import Config, DataConfig, FieldConfig, LaunchConfig, ModelConfig, RunConfig, TextConfig
+from mmscale.errors import ConfigError, DataError, Preempted
+
+launcher = sys.modules["mmscale_launcher.launch"]
+
+
+def make_config(folder: Path, **options: Any) -> Config:
+    return Config(
+        run=RunConfig(name="test", dir=str(folder), device="cpu"),
+        data=DataConfig(train="none", fields={"text": FieldConfig(source="txt", modality="text")}),
+        model=ModelConfig(text=TextConfig(tokenizer="none")),
+        tasks={"none": 1.0},
+        launch=LaunchConfig(**options),
+    )
+
+
+@pytest.fixture(scope="module")
+def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray with 3 CPUs, which `launch(..., address="auto")` finds."""
+    config = make_config(tmp_path_factory.mktemp("ray"), workers_per_node=2)
+    with launcher._local_ray(config, lambda event: None):
+        yield
+
+
+def run(worker: str, folder: Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Launches on the shared Ray; returns the report and the events."""
+    events: list[dict[str, Any]] = []
+    config = make_config(folder, **({"workers_per_node": 2} | options))
+    report = launch(config, address="auto", on_event=events.append, _worker=f"fake_worker:{worker}")
+    return report, events
+
+
+def fail(expected: type[Exception], worker: str, folder: Path, **options: Any) -> tuple[str, list[str]]:
+    """Launches what must fail; returns the error's message and the launcher's."""
+    events: list[dict[str, Any]] = []
+    config = make_config(folder, **({"workers_per_node": 2} | options))
+    with pytest.raises(expected) as caught:
+        launch(config, address="auto", on_event=events.append, _worker=f"fake_worker:{worker}")
+    assert type(caught.value) is expected
+    return str(caught.value), [event["text"] for event in events if event["event"] == "message"]
+
+
+def test_every_rank_finds_its_place(
+    shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    report, events = run("environment", Path("relative"))  # a path of the driver's working directory
+    ranks = [json.loads((tmp_path / f"relative/report-{rank}.json").read_text()) for rank in range(2)]
+    assert report == ranks[0]
+    for rank, found in enumerate(ranks):
+        assert found["RANK"] == found["LOCAL_RANK"] == str(rank)
+        assert found["WORLD_SIZE"] == found["LOCAL_WORLD_SIZE"] == "2"
+        assert found["MASTER_ADDR"] == ranks[0]["MASTER_ADDR"]
+        assert found["MASTER_PORT"] == ranks[0]["MASTER_PORT"]
+        assert found["DS_ACCELERATOR"] == "cpu"
+        assert found["OMP_NUM_THREADS"] is None
+        assert not found["torch"]
+    assert [event["step"] for event in events] == [1, 2, 3]  # rank 0's, all of them, in order
+
+
+def test_a_user_error_is_final(shared_ray: None, tmp_path: Path) -> None:
+    message, told = fail(DataError, "data_error", tmp_path)
+    assert message == "shards/000001.tar, key 7: no field jpg"
+    assert told == []
+    attempts = sorted(path.name for path in tmp_path.glob("attempt-*"))
+    assert attempts == ["attempt-1-rank-0", "attempt-1-rank-1"]
+    assert not alive(tmp_path)  # rank 0 was asleep
+
+
+def test_the_same_exception_twice_stops_the_run(shared_ray: None, tmp_path: Path) -> None:
+    message, told = fail(RankFailed, "bug", tmp_path, workers_per_node=1, max_restarts=3)
+    assert message.count("Traceback") == 1
+    assert "fake_worker.py" in message
+    assert "KeyError: 'the same each time'" in message
+    assert "rank.py" not in message  # our own frames say nothing
+    assert len(told) == 1
+    assert "restarting, attempt 2 of 4" in told[0]
+    assert "Traceback" not in told[0]
+
+
+def test_a_killed_rank_is_restarted_and_its_last_words_told(shared_ray: None, tmp_path: Path) -> None:
+    message, told = fail(RankFailed, "always_killed", tmp_path, workers_per_node=1, max_restarts=1)
+    for text in (message, *told):
+        assert "killed" in text
+        assert "the last words of a rank" in text
+        assert ":actor_name:" not in text
+    assert "gave up after 2 attempts" in message
+    assert len(told) == 1
+    assert "restarting, attempt 2 of 2" in told[0]
+
+
+def test_no_room_is_an_error_in_bounded_time(
+    shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "PLACEMENT_TIMEOUT", 1.0)
+    begin = time.monotonic()
+    message, _ = fail(ConfigError, "environment", tmp_path, workers_per_node=50)
+    assert time.monotonic() - begin < 10  # the second above, and what a busy machine adds
+    assert "50 CPU" in message
+    assert "3 CPU" in message
+    message, _ = fail(ConfigError, "environment", tmp_path, nodes=2)
+    assert "launch.nodes=2" in message
+
+
+def test_a_local_ray_needs_a_process_without_one(shared_ray: None, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="connected to a Ray already"):
+        launch(make_config(tmp_path))
+
+
+def test_a_local_ray_is_one_node(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"launch\.nodes=2 needs a cluster"),
+        launcher._local_ray(make_config(tmp_path, nodes=2), lambda event: None),
+    ):
+        pass
+
+
+def test_errors_come_back_as_what_they_are() -> None:
+    assert isinstance(pickle.loads(_pickled(Preempted("at step 7"))), Preempted)
+    error = pickle.loads(_pickled(fake_worker.TwoPartError("a.tar", "7")))  # can't be unpickled as itself
+    assert type(error) is DataError
+    assert str(error) == "a.tar, key 7: no such field"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[../gloo/transport/tcp/pair.cc:538] Read error [10.0.0.1]:1234: Connection reset by peer",
+        "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:45678",
+        "Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:144] no error",
+        "Timed out waiting 1800000ms for recv operation to complete",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_lost_peer_is_not_a_bug(message: str) -> None:
+    assert _PEER_FAILED.search(message)
+
+
+@pytest.mark.parametrize("message", ["shapes (2, 3) and (4, 5) don't match", "the loss is not finite"])
+def test_a_bug_is_not_a_lost_peer(message: str) -> None:
+    assert not _PEER_FAILED.search(message)
+
+
+def test_the_reporter_is_bounded() -> None:
+    reporter = Reporter(3)
+    for step in range(5):
+        reporter.push({"step": step})
+    assert [event["step"] for event in reporter.drain()] == [2, 3, 4]
+    assert reporter.drain() == []
+
+
+def test_the_interface_of_an_address() -> None:
+    assert _interface("127.0.0.1") == "lo"
+    assert _interface("203.0.113.1") is None  # reserved for documentation
+
+
+def test_a_group_ends_with_its_children_and_alone() -> None:
+    command = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '600'])"]
+    group = subprocess.Popen(command, process_group=0)
+    other = subprocess.Popen(["sleep", "600"], process_group=0)
+    try:
+        wait_for(lambda: len(members(group.pid)) == 2)
+        assert processes.kill_group(group.pid, os.getsid(0), timeout=10) == []
+        assert members(group.pid) == []
+        assert other.poll() is None
+    finally:
+        for process in (group, other):
+            process.kill()
+            process.wait()
+
+
+def test_marked_processes_end_and_no_others() -> None:
+    marked = subprocess.Popen(["sleep", "600"], env={**os.environ, processes.MARK: "mine"})
+    other = subprocess.Popen(["sleep", "600"], env={**os.environ, processes.MARK: "mine too"})
+    try:
+        assert processes.kill_marked("mine", timeout=10) == []
+        assert marked.wait(10) == -9
+        assert other.poll() is None
+    finally:
+        for process in (marked, other):
+            process.kill()
+            process.wait()
+
+
+def members(group: int) -> list[int]:
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if processes._is_alive(pid) and (processes._group(pid) or (0,))[0] == group]
+
+
+def alive(folder: Path) -> list[str]:
+    """The ranks that left their process id in a folder and still run."""
+    files = [*folder.glob("attempt-*"), *folder.glob("child-*")]
+    return [path.name for path in files if processes._is_alive(int(path.read_text()))]
+
+
+def wait_for(condition: Any, *, timeout: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't happen in time"
+        time.sleep(0.05)

@@ -1,0 +1,218 @@
+"""Metrics: the throughput arithmetic under a fake clock, what the files hold after a crash, how progress looks."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import math
+import os
+import pty
+import struct
+import termios
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmscale.metrics import ProgressBar, Window, Writer, clock_text, read_json_lines
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_rates_are_sums_over_the_whole_window() -> None:
+    clock = Clock()
+    window = Window(clock)
+    for seconds, wait in ((1.0, 0.5), (3.0, 0.5)):  # a mean of rates would give (8 + 8 / 3) / 2 samples/s
+        clock.now += seconds
+        window.add(samples=8, tokens=100, wait_s=wait)
+    assert window.close() == {"samples_per_s": 4.0, "tokens_per_s": 50.0, "data_wait_frac": 0.25, "step_s": 2.0}
+
+
+def test_a_window_begins_anew_when_closed() -> None:
+    clock = Clock()
+    window = Window(clock)
+    clock.now += 100
+    window.add(samples=1, tokens=1, wait_s=50)
+    window.close()
+    clock.now += 2
+    window.add(samples=8, tokens=16, wait_s=0)
+    assert window.close() == {"samples_per_s": 4.0, "tokens_per_s": 8.0, "data_wait_frac": 0.0, "step_s": 2.0}
+
+
+def test_paused_time_is_not_training_time() -> None:
+    clock = Clock()
+    window = Window(clock)
+    clock.now += 1
+    window.add(samples=8, tokens=8, wait_s=0.5)
+    resume = window.pause()
+    clock.now += 3600  # an evaluation
+    resume()
+    clock.now += 1
+    window.add(samples=8, tokens=8, wait_s=0.5)
+    assert window.close() == {"samples_per_s": 8.0, "tokens_per_s": 8.0, "data_wait_frac": 0.5, "step_s": 1.0}
+
+
+def test_an_empty_window_has_rates_of_zero() -> None:
+    rates = Window(Clock()).close()
+    assert rates["samples_per_s"] == rates["tokens_per_s"] == rates["data_wait_frac"] == 0
+    assert math.isfinite(rates["step_s"])
+
+
+# -------------------------------------------------------------------------------------------------- the files
+
+
+def line(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 1.0 / step, "mfu": None, "loss/caption": 2.0 * step, **more}
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(folder)).Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+def test_lines_and_curves_hold_what_was_logged(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, resume_step=0)
+    for step in (1, 2):
+        writer.log(line(step))
+    writer.scalars(2, {"eval/unseen style/R@1": 0.25})
+    writer.image("picture", np.zeros((4, 4, 3), np.uint8), 2)
+    # Read before closing: a process that is killed never closes anything.
+    assert read_json_lines(tmp_path / "metrics.jsonl") == [line(1), line(2)]
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 0.5)]
+    assert scalars(tmp_path, "loss/caption") == [(1, 2.0), (2, 4.0)]
+    assert scalars(tmp_path, "eval/unseen style/R@1") == [(2, 0.25)]
+    assert "train/mfu" not in EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    writer.close()
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"] == ["picture"]
+
+
+def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) -> None:
+    first = Writer(tmp_path, resume_step=0)
+    for step in (2, 4, 6):
+        first.log(line(step))
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # what a killed process leaves
+    second = Writer(tmp_path, resume_step=4)
+    second.log(line(6, loss=0.125))
+    second.close()
+    kept = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == [line(2), line(4), line(6, loss=0.125)]
+    assert scalars(tmp_path, "train/loss") == [(2, 0.5), (4, 0.25), (6, 0.125)], "no zigzag in TensorBoard"
+
+
+def test_a_run_that_starts_over_has_one_curve(tmp_path: Path) -> None:
+    for loss in (3.0, 5.0):
+        writer = Writer(tmp_path, resume_step=0)
+        writer.scalars(0, {"eval/x": loss})
+        writer.log(line(2, loss=loss))
+        writer.close()
+    assert scalars(tmp_path, "train/loss") == [(2, 5.0)]
+    assert scalars(tmp_path, "eval/x") == [(0, 5.0)]
+    assert read_json_lines(tmp_path / "metrics.jsonl") == [line(2, loss=5.0)]
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 4', '{"step": 4}\n\x00\x00\x00', '{"step": 4}\n\xff'])
+def test_damaged_ends_of_json_lines_are_ignored(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 2}\n' + end.encode("latin-1"))
+    expected = [{"step": 2}, {"step": 4}] if "}\n" in end else [{"step": 2}]
+    assert read_json_lines(path) == expected
+    assert read_json_lines(tmp_path / "absent.jsonl") == []
+
+
+def test_a_loss_that_is_no_number_is_still_a_line_of_json(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, resume_step=0)
+    writer.log(line(1, loss=float("nan"), grad_norm=float("inf")))
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["loss"] is None
+    assert found["grad_norm"] is None
+
+
+# ----------------------------------------------------------------------------------------------- the terminal
+
+
+def events(total: int | None) -> list[dict[str, Any]]:
+    said: list[dict[str, Any]] = [{"event": "message", "text": "64 samples, 8 a step"}]
+    for step in (10, 20):
+        eta = None if total is None else 130.0 - step
+        facts = {"loss": 30 / step, "samples_per_s": 267.7, "data_wait_frac": 0.021, "eta_s": eta}
+        said.append({"event": "log", "step": step, "total_steps": total, **facts})
+    said += [{"event": "eval", "step": 20}, {"event": "message", "text": "resumed"}, {"event": "save", "step": 20}]
+    return said
+
+
+def test_progress_in_a_pipe_is_plain_lines() -> None:
+    out = io.StringIO()
+    bar = ProgressBar(out)
+    for event in [*events(800), *events(None)[1:2]]:
+        bar.update(event)
+    bar.close()
+    assert out.getvalue().splitlines() == [
+        "64 samples, 8 a step",
+        "step 10/800: loss 3.000, 268 samples/s, data wait 2%, ETA 2:00",
+        "step 20/800: loss 1.500, 268 samples/s, data wait 2%, ETA 1:50",
+        "resumed",
+        "step 10: loss 3.000, 268 samples/s, data wait 2%, ETA ?",
+    ]
+
+
+def drawn_on_a_terminal(total: int | None, *, columns: int) -> list[str]:
+    """What a terminal of this width shows: its lines after all carriage returns have done their work."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(follower, "w", encoding="utf-8") as terminal:
+        bar = ProgressBar(terminal)
+        for event in events(total):
+            bar.update(event)
+        bar.close()
+    parts = []
+    with contextlib.suppress(OSError):  # how a terminal whose other side is closed says that it is empty
+        while part := os.read(leader, 4096):
+            parts.append(part)
+    os.close(leader)
+    written = b"".join(parts).decode()
+    assert "\x1b[A" not in written, "one line is enough"
+    lines = []
+    for row in written.replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for text in row.split("\r"):
+            shown = text + shown[len(text) :]
+        lines.append(shown.rstrip())
+    return [row for row in lines if row]
+
+
+@pytest.mark.parametrize(
+    ("total", "last"),
+    [
+        (800, "  2% |▎         | 20/800  loss 1.500  268 samples/s  data wait 2%  ETA 1:50"),
+        (None, "step 20  loss 1.500  268 samples/s  data wait 2%  ETA ?"),
+    ],
+)
+def test_progress_on_a_terminal_is_one_bar_with_messages_above(total: int | None, last: str) -> None:
+    assert drawn_on_a_terminal(total, columns=80) == ["64 samples, 8 a step", "resumed", last]
+
+
+def test_a_narrow_terminal_never_wraps() -> None:
+    assert all(len(text) <= 40 for text in drawn_on_a_terminal(800, columns=40))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599.4, "59:59"), (3600, "1:00:00")]
+)
+def test_clock_text(seconds: float, text: str) -> None:
+    assert clock_text(seconds) == text

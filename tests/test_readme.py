@@ -1,0 +1,62 @@
+"""README's commands are run as they are written, on tiny data, and its map of the repository is held to the files."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+# Stands before the real command on the PATH and makes everything small; what is run is otherwise what README says.
+WRAPPER = """#!/bin/bash
+case "$1 $2" in
+  "data demo") exec {mmscale} "$@" --source scenes --limit 24 ;;
+  train*|launch*) exec {mmscale} "$@" train.duration=2 data.batch_size=8 model.width=32 model.depth=1 \\
+      model.num_heads=2 evals.num_generated=4 evals.batch_size=8 ;;
+  *) exec {mmscale} "$@" ;;
+esac
+"""
+
+
+def test_make_targets_named_in_the_readme_exist():
+    targets = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_path_in_the_map_exists():
+    block = re.search(r"^```text\n(README.md.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert block, "README has no map of the repository"
+    for line in block[1].splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_commands_run_as_written(tmp_path):
+    assert BLOCKS, "README has no ```bash blocks"
+    real = Path(sys.executable).with_name("mmscale")
+    wrapper = tmp_path / "bin" / "mmscale"
+    wrapper.parent.mkdir()
+    wrapper.write_text(WRAPPER.format(mmscale=real))
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    env = {**os.environ, "PATH": f"{wrapper.parent}:{real.parent}:{os.environ['PATH']}"}
+    for block in BLOCKS:
+        commands = "\n".join(line for line in block.splitlines() if not line.startswith(("make ", "git ", "cd ")))
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{commands}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

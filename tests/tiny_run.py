@@ -1,0 +1,52 @@
+"""A whole run small enough for tests: the quickstart recipe reduced to seconds, with its evaluations and all three tasks.
+
+    config = run_config(scene_shards, "train.duration=8", f"run.dir={tmp_path / 'run'}")
+
+`scene_shards` is the fixture of tests/conftest.py, a folder that `make_scenes` filled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmscale.config import Config
+from mmscale.recipes import get
+
+
+def run_changes(shards: Path) -> list[str]:
+    """What makes the quickstart tiny, as the command line takes it: `mmscale train quickstart CHANGES`."""
+    return [
+        "run.name=tiny",
+        "run.device=cpu",
+        "run.threads=1",
+        f"data.train={shards / 'train'}",
+        f'data.evals={{"unseen style": "{shards / "test-style"}"}}',
+        "data.batch_size=8",
+        "data.cache_mb=8",
+        "model.width=32",
+        "model.depth=1",
+        "model.num_heads=2",
+        "model.mlp_ratio=2",
+        "model.embed_dim=16",
+        f"model.text.tokenizer={shards / 'tokenizer.json'}",
+        "model.image.size=32",
+        "model.image.stem_widths=[8,16]",
+        "model.audio.num_mels=16",
+        "model.audio.stem_widths=[16,16]",
+        "train.duration=6",
+        "train.log_every=2",
+        "train.save_every=3",
+        "engine.zero_stage=1",
+        "evals.batch_size=16",
+        "evals.num_generated=16",
+        "launch.workers_per_node=1",
+    ]
+
+
+def run_config(shards: Path, *changes: str) -> Config:
+    """The tiny run: 64 samples in batches of 8, pictures of 32 px, width 32, one block, 6 steps on the CPU.
+
+    changes: `section.field=value`, applied last. Training writes to runs/tiny below the working directory unless they
+    name `run.dir`.
+    """
+    return get("quickstart").override(*run_changes(shards), *changes)
