@@ -261,7 +261,7 @@ class _NotingFile(io.FileIO):
 
     error: OSError | None = None
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:

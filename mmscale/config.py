@@ -147,9 +147,16 @@ class RunConfig(Section):
 class FieldConfig(Section):
     """One named field of a sample: where it lies in the record, and the modality that reads it."""
 
-    source: str = Field(min_length=1)  # alternatives tried in order: "jpg|png|webp", "json.caption|txt"
+    source: str  # alternatives tried in order: "jpg|png|webp", "json.caption|txt"
     modality: Literal["text", "image", "audio", "label"]
     required: bool = True
+
+    @field_validator("source")
+    @classmethod
+    def _names_members(cls, source: str) -> str:
+        if not all(source.split("|")):
+            raise ValueError(f"{source!r} must be names joined by |")
+        return source
 
 
 class ImageAugmentConfig(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class Engine:
         self.model: Model = self.deepspeed.module
 
     def train_step(
-        self, task: Task, parts: list[Batch], *, weight: float, step: bool = True
+        self, task: Task, parts: Sequence[Batch], *, weight: float, step: bool = True
     ) -> Tensor:
         """Forward and backward over this rank's micro-batches, then the optimizer. Returns the global loss's share.
 
@@ -137,7 +138,7 @@ class Engine:
         return total / self.world.size
 
     def _cache(
-        self, task: Task, parts: list[Batch], factor: float
+        self, task: Task, parts: Sequence[Batch], factor: float
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The scaled loss over all parts, and its gradient with respect to each part's embeddings."""
         with torch.no_grad():

@@ -6,12 +6,14 @@ a loss doesn't depend on how its samples were dealt out.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.distributed as dist
 import torch.nn.functional as F
 from mmscale_kernels import contrastive_loss
 from torch import Tensor
 
-Group = dist.ProcessGroup | bool | None  # None: all ranks, False: this rank alone
+Group = dist.ProcessGroup | Literal[False] | None  # None: all ranks, False: this rank alone
 
 
 def symmetric_contrastive(

@@ -10,7 +10,7 @@ from mmscale.config import AugmentConfig, Config
 from mmscale.data import Batch, Field, ShardStream
 from mmscale.data.augment import image_augment, spectrogram_augment
 from mmscale.data.batch import TensorBatch
-from mmscale.errors import ConfigError, UserError
+from mmscale.errors import ConfigError, DataError, UserError
 from mmscale.models import Model
 from mmscale.world import World
 
@@ -46,10 +46,12 @@ def _open(shards: str | list[str], *, setting: str, **options: Any) -> ShardStre
     """A stream over what a user named as shards: what the stream says against it, the message says of the setting."""
     try:
         return ShardStream(shards, **options)
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from None
     except UserError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{setting}={shards}: {error}") from None
+        raise ConfigError(f"{setting}: {str(error).removeprefix('urls: ')}") from None
 
 
 def train_stream(
@@ -86,7 +88,7 @@ def eval_stream(
     per_rank = -(-config.evals.batch_size // world.size)
     return _open(
         shards,
-        setting="the evaluation's shards",
+        setting="the shards to evaluate on",
         batch_size=per_rank * world.size,
         rank=world.rank,
         world_size=world.size,

@@ -43,6 +43,8 @@ FREE_TO_CHANGE = (
     "engine.timeout:",
 )
 
+LOCK_PATIENCE_S = 5.0  # how long a process that was just killed may take to let go of its run
+
 
 class Run:
     """The folder of a run as one rank sees it. Only rank 0 writes into it, but for the rank's own log.
@@ -168,13 +170,10 @@ def _claim(config: Config) -> tuple[Path, TextIO]:
     return folder, lock
 
 
-def _lock(folder: Path, *, patience_s: float = 5.0) -> TextIO:
-    """Keeps other processes out of a run's folder, until the file is closed or this process ends, however it ends.
-
-    patience_s: how long one that was just killed may take to go.
-    """
+def _lock(folder: Path) -> TextIO:
+    """Keeps other processes out of a run's folder, until the file is closed or this process ends, however it ends."""
     file = (folder / "lock").open("a+", encoding="utf-8")
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

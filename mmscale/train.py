@@ -7,6 +7,7 @@ the very next sample.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -195,7 +196,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
                 "step": step,
                 "samples": step * config.data.batch_size,
                 "epoch": step * config.data.batch_size / stream.num_samples,
-                "loss": losses.pop("all"),
+                "loss": losses["all"],
                 "lr": rate,
                 "samples_per_s": rates["samples_per_s"],
                 "tokens_per_s": rates["tokens_per_s"],
@@ -203,13 +204,13 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
                 "mem_gib": peak_memory_gib(world.device),
                 "mfu": None,
                 "grad_norm": engine.gradient_norm,
-                **{f"loss/{name}": value for name, value in losses.items()},
+                **{f"loss/{name}": value for name, value in losses.items() if name != "all"},
             }
             if writer is not None:
                 writer.log(line)
             eta = (total_steps - step) * rates["step_s"] if total_steps is not None else None
             run.emit({"event": "log", "total_steps": total_steps, "eta_s": eta, **line})
-            if line["loss"] != line["loss"] or abs(line["loss"]) == float("inf"):
+            if not all(map(math.isfinite, losses.values())):
                 raise UserError(
                     f"the loss is {line['loss']} by step {step}: lower optim.lr={config.optim.lr:g} or look at the data; "
                     f"checkpoints up to step {step - config.train.log_every} are good"

@@ -111,6 +111,7 @@ def test_the_type_of_a_field_decides_how_a_value_is_read(assignment: str, path: 
         ('tasks={"caption": 0}', "tasks={'caption': 0.0}: at least one task needs a weight above 0"),
         ("run.name.first=x", "run.name.first: run.name is a value, not a section"),
         ("data.fields.depth.source=png", "data.fields.depth.modality: missing"),
+        ("data.fields.image.source=a||b", "data.fields.image.source: 'a||b' must be names joined by |"),
         ("optim.lr", "'optim.lr': give section.field=value"),
         ("=3", "'=3': give section.field=value"),
     ],

@@ -1,5 +1,6 @@
 """The contrastive losses on one process, against the dense formulas in fp64."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -160,6 +161,26 @@ def test_scale_of_100_and_rows_of_any_length(
     assert_equal_to_dense(op, inputs, torch.float64, 1e-12)
     # fp32: logits of 5,000 carry errors of 5000 * 2^-24 = 3e-4 into probabilities where two nearly tie.
     assert_equal_to_dense(op, inputs, torch.float32, 1e-3)
+
+
+def test_rounding_a_large_log_sum_exp_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that are exact in fp32, large, and nearly tied: only their log-sum-exps have to be rounded."""
+    monkeypatch.setattr(torch_losses, "_CPU_TILE", (16, 16))
+    steps = torch.randint(0, 4, (2, 40), generator=torch.Generator().manual_seed(0)).double() / 4
+    x = torch.stack([torch.ones(40), steps[0]], 1)
+    y = torch.stack([torch.full((40,), 2048.0), steps[1]], 1)
+    scale = torch.tensor(16 * math.log(2)).double()
+    # x.y is 2048 plus a few sixteenths: in base 2 logits of 32,768 plus small integers. A log-sum-exp of that
+    # size is rounded to 1/256 in fp32, 3e-3 in every probability; nothing else here is rounded to more than
+    # 1e-6.
+    inputs = [x.double(), y.double(), scale]
+    found = value_and_gradients(contrastive_loss, [t.float() for t in inputs])[1]
+    expected = value_and_gradients(
+        lambda *a: dense(contrastive_loss, *a), [t.float().double() for t in inputs]
+    )[1]
+    torch.testing.assert_close(
+        found[:, 1].double(), expected[:, 1], rtol=1e-4, atol=1e-4 * expected[:, 1].abs().max()
+    )
 
 
 def test_a_solved_batch_has_a_tiny_loss_and_not_a_negative_one() -> None:
@@ -377,6 +398,6 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="y has 2 features"):
         explain(contrastive_loss, **{**GOOD, "y": torch.zeros(4, 2)})
     with pytest.raises(
-        ValueError, match="op is <built-in function print>; it needs to be one of .*contrastive_loss"
+        ValueError, match=r"op is <built-in function print>; it needs to be one of .*contrastive_loss"
     ):
         explain(print, 1)

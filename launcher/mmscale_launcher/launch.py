@@ -320,9 +320,10 @@ def _supervise(config: Config, *, cluster: _Cluster, emit: OnEvent, worker: str)
         seen.add(signature)
         if number == num_attempts:
             raise RankFailed(f"gave up after {number} attempts: {told}")
-        # the traceback is told once, by the error that ends the run, if it does
-        text = f"{failure.who}: {failure.title}" if failure.traceback else told
-        emit(_message(f"{text}; restarting, attempt {number + 1} of {num_attempts}"))
+        # a traceback is told once, by the error that ends the run, if it does
+        text = f"{failure.who}: {failure.title}" if failure.traceback else f"{failure.who} {what}"
+        words = f"; it wrote last:\n{details}" if details and not failure.traceback else ""
+        emit(_message(f"{text}; restarting, attempt {number + 1} of {num_attempts}{words}"))
     raise AssertionError("the last attempt returns or raises")
 
 

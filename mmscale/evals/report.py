@@ -144,7 +144,7 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 def _aligned(title: str, rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    body = ["  ".join(_pad(cell, widths[i], i) for i, cell in enumerate(row)) for row in rows]
+    body = ["  ".join(_pad(cell, widths[i], i) for i, cell in enumerate(row)).rstrip() for row in rows]
     return "\n".join([title, *("  " + line for line in body)])
 
 

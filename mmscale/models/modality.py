@@ -70,11 +70,12 @@ class Text(nn.Module):
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"model.text.tokenizer={path} can't be read: {error}") from None
-        ids = {name: self.tokenizer.token_to_id(name) for name in ("<pad>", "<bos>", "<eos>")}
-        if None in ids.values():
-            missing = ", ".join(name for name, value in ids.items() if value is None)
+        found = {name: self.tokenizer.token_to_id(name) for name in ("<pad>", "<bos>", "<eos>")}
+        ids = [value for value in found.values() if value is not None]
+        if len(ids) < len(found):
+            missing = ", ".join(name for name, value in found.items() if value is None)
             raise ConfigError(f"model.text.tokenizer={path} lacks the special tokens {missing}")
-        self.pad_id, self.bos_id, self.eos_id = ids.values()
+        self.pad_id, self.bos_id, self.eos_id = ids
         self.num_ids = self.tokenizer.get_vocab_size()
         self.max_length = config.max_length
         self.embedding = nn.Embedding(self.num_ids, width)

@@ -42,13 +42,27 @@ class States(NamedTuple):
         return (x * mask).sum(1) / lengths.clamp(min=1).unsqueeze(1)
 
 
+def _linear(inputs: int, outputs: int, *, bias: bool, scale: float = 1.0) -> nn.Linear:
+    """A linear layer whose outputs have `scale` times the inputs' spread at the start."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.normal_(layer.weight, std=scale * inputs**-0.5)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Attention(nn.Module):
-    def __init__(self, width: int, num_heads: int, num_kv_heads: int, backend: str | None) -> None:
+    head_part: Tensor
+    normed: Tensor
+
+    def __init__(
+        self, width: int, num_heads: int, num_kv_heads: int, scale: float, backend: str | None
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.backend = num_heads, num_kv_heads, backend
         self.head_dim = width // num_heads
-        self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.qkv = _linear(width, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.out = _linear(width, width, bias=False, scale=scale)
         self.qkv_scale = nn.Parameter(torch.ones(3, self.head_dim))  # of queries, keys, values
         self.gates = nn.Parameter(torch.zeros(len(KINDS), num_heads))  # log weight of a source's keys
         heads = torch.tensor([0] * num_heads + [1] * num_kv_heads + [2] * num_kv_heads)
@@ -78,14 +92,15 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     def __init__(
-        self, width: int, num_heads: int, num_kv_heads: int, hidden: int, backend: str | None
+        self, width: int, num_heads: int, num_kv_heads: int, hidden: int, depth: int, backend: str | None
     ) -> None:
         super().__init__()
+        scale = (2 * depth) ** -0.5  # so that the residual stream doesn't grow with the number of its summands
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, num_heads, num_kv_heads, backend)
+        self.attention = Attention(width, num_heads, num_kv_heads, scale, backend)
         self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.up = _linear(width, hidden, bias=True)
+        self.down = _linear(hidden, width, bias=True, scale=scale)
 
     def forward(
         self, x: Tensor, offsets: tuple[int, ...], lengths: Tensor, causal: tuple[bool, ...], kinds: Tensor
@@ -111,14 +126,10 @@ class Trunk(nn.Module):
         super().__init__()
         hidden = round(width * mlp_ratio)
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, num_kv_heads or num_heads, hidden, backend) for _ in range(depth)
+            Block(width, num_heads, num_kv_heads or num_heads, hidden, depth, backend) for _ in range(depth)
         )
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.activation_checkpointing = activation_checkpointing
-        for block in self.blocks:
-            for layer in (block.attention.out, block.down):  # the residual stream starts near its input
-                nn.init.normal_(layer.weight, std=0.02 / (2 * depth) ** 0.5)
-
     def forward(self, prefix: list[Tokens], target: Tokens | None = None) -> States:
         segments = [*prefix, target] if target is not None else prefix
         causal = (False,) * len(prefix) + (True,) * (target is not None)

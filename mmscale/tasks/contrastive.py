@@ -26,7 +26,7 @@ class Contrastive(Task):
 
     def embed(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         out = {"x": model.represent(self.x, batch), "y": model.represent(self.y, batch)}
-        if self.label in batch:
+        if self.label is not None and self.label in batch:
             out["labels"] = batch[self.label]["x"]
         if "usable" in batch:  # only where some sample lacks a field: it must not even be a negative
             out = {name: value.index_select(0, batch["usable"]["x"]) for name, value in out.items()}
@@ -51,7 +51,7 @@ class Contrastive(Task):
             "y": model.represent(self.y, batch),
             "present": present,
         }
-        if self.label in batch:
+        if self.label is not None and self.label in batch:
             scores["label"] = batch[self.label]["x"]
         return scores
 

@@ -1,0 +1,196 @@
+"""One run in this process, from an empty folder to its report, and what a second one makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import run_config
+
+from mmscale import checkpoint
+from mmscale.config import load_config
+from mmscale.errors import ConfigError, Preempted
+from mmscale.metrics import Event
+from mmscale.runs import run_folder
+from mmscale.train import _check_world, train
+from mmscale.world import World
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def finished(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Event]]:
+    """A run to the end: its report and its events."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    events: list[Event] = []
+    changes = [f"train.duration={STEPS}", "train.log_every=4", "train.save_every=8", "optim.lr=3e-3"]
+    return train(run_config(scene_shards, f"run.dir={folder}", *changes), events.append), events
+
+
+def test_the_loss_of_every_task_falls(finished: tuple[dict[str, Any], list[Event]]) -> None:
+    report, events = finished
+    for name in ("image_text", "audio_text", "caption"):
+        losses = [event[f"loss/{name}"] for event in events if f"loss/{name}" in event]
+        assert losses[-1] < 0.95 * losses[0], f"{name}: {losses}"
+    assert report["step"] == STEPS
+
+
+def test_the_folder_holds_what_it_promises(finished: tuple[dict[str, Any], list[Event]]) -> None:
+    report, _ = finished
+    folder = Path(report["folder"])
+    config = load_config(folder / "config.json")
+    assert config.run.dir == str(folder)
+
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(4, STEPS + 1, 4))
+    for line in lines:
+        assert line["samples"] == 8 * line["step"]
+        assert line["epoch"] == pytest.approx(8 * line["step"] / 64)
+        for name in ("loss", "lr", "samples_per_s", "tokens_per_s", "mem_gib", "grad_norm"):
+            assert line[name] >= 0, name
+        assert 0 <= line["data_wait_frac"] <= 1
+        assert line["mfu"] is None
+        assert any(name.startswith("loss/") for name in line)
+    board = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [line["step"] for line in lines]
+    # TensorBoard keeps float32.
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx([line["loss"] for line in lines])
+    assert [event.step for event in board.Scalars("eval/unseen style/caption/loss per token")] == [0, STEPS]
+
+    newest = checkpoint.complete(folder / "checkpoints")
+    assert [path.name for path in newest] == ["step-00000032", "step-00000040"], "two are kept"
+    assert checkpoint.verify(newest[-1]).step == STEPS
+    assert all(torch.isfinite(weight).all() for weight in load_file(newest[-1] / "model.safetensors").values())
+
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert "## unseen style: image_text, 22 candidates" in (folder / "report.md").read_text()
+    assert "finished at step 40" in (folder / "logs" / "rank-0.log").read_text()
+    assert all(Path(path).exists() for path in report["files"].values())
+
+
+def test_events_tell_a_terminal_all_it_shows(finished: tuple[dict[str, Any], list[Event]]) -> None:
+    _, events = finished
+    assert {event["event"] for event in events} == {"message", "log", "eval", "save"}
+    logs = [event for event in events if event["event"] == "log"]
+    assert all(event["total_steps"] == STEPS for event in logs)
+    assert logs[-1]["eta_s"] == 0
+    assert [event["step"] for event in events if event["event"] == "save"] == [8, 16, 24, 32, 40]
+
+
+def test_a_finished_run_is_left_alone(
+    finished: tuple[dict[str, Any], list[Event]],
+    scene_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = run_config(scene_shards, "train.duration=2", "data.evals={}", "train.save_every=0")
+    folders = [train(config)["folder"] for _ in range(2)]
+    assert folders == ["runs/tiny", "runs/tiny-2"]
+    assert run_folder(config) == Path("runs/tiny")
+    report, _ = finished
+    with pytest.raises(ConfigError, match="holds a finished run: give another folder"):
+        train(run_config(scene_shards, f"run.dir={report['folder']}"))
+
+
+class Stop(Exception):
+    """Ends a run from within, as a defect would."""
+
+
+def run_until(step: int, error: type[BaseException] = Stop) -> Any:
+    def on_event(event: Event) -> None:
+        if event["event"] == "log" and event["step"] >= step:
+            raise error
+
+    return on_event
+
+
+def test_an_unfinished_run_goes_on_only_as_itself(scene_shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    changes = [f"run.dir={folder}", "data.evals={}", "train.log_every=1", "train.save_every=2"]
+    with pytest.raises(Stop):
+        train(run_config(scene_shards, *changes), run_until(3))
+    assert "Stop" in (folder / "logs" / "rank-0.log").read_text(), "a defect leaves its traceback in the rank's log"
+    with pytest.raises(ConfigError, match=r"unfinished run of another configuration:\n  optim.lr: 0.001 -> 0.5\n"):
+        train(run_config(scene_shards, *changes, "optim.lr=0.5"))
+    with pytest.raises(ConfigError, match=r"holds a run, and run.resume=never: give another folder"):
+        train(run_config(scene_shards, *changes, "run.resume=never"))
+    # What doesn't change the result may change: a bad sample, say, must not end a run for good.
+    events: list[Event] = []
+    report = train(run_config(scene_shards, *changes, "data.on_error=substitute", "run.resume=must"), events.append)
+    assert events[0]["text"].startswith("resumed at step 2 from ")
+    assert report["step"] == 6
+    assert [json.loads(text)["step"] for text in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_saved_nothing_is_in_nobody_s_way(scene_shards: Path, tmp_path: Path) -> None:
+    """A first command with a typing error must not stand against the second one."""
+    changes = [f"run.dir={tmp_path / 'run'}", "data.evals={}", "train.duration=1"]
+    with pytest.raises(Stop):
+        train(run_config(scene_shards, *changes, "optim.lr=0.5", "train.log_every=1", "train.duration=3"), run_until(1))
+    report = train(run_config(scene_shards, *changes))
+    assert report["step"] == 1
+    assert load_config(tmp_path / "run" / "config.json").optim.lr == 1e-3
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_resume_must_needs_a_checkpoint(scene_shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ConfigError, match="run.resume=must: there is no checkpoint to resume from in .*run"):
+        train(run_config(scene_shards, f"run.dir={folder}", "run.resume=must"))
+    assert not folder.exists()
+
+
+def test_a_folder_in_use_is_refused(scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmscale.runs.LOCK_PATIENCE_S", 0.0)
+    config = run_config(scene_shards, f"run.dir={tmp_path / 'run'}", "data.evals={}", "train.log_every=1")
+    refusals: list[str] = []
+
+    def start_again(event: Event) -> None:
+        if event["event"] == "log" and not refusals:
+            from mmscale.runs import _claim
+
+            with pytest.raises(ConfigError) as caught:
+                _claim(config)
+            refusals.append(str(caught.value))
+
+    train(config, start_again)
+    assert f"{tmp_path / 'run'} is in use by process {os.getpid()} on " in refusals[0]
+
+
+def test_sigterm_saves_and_gives_the_handler_back(scene_shards: Path, tmp_path: Path) -> None:
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    config = run_config(scene_shards, f"run.dir={tmp_path / 'run'}", "data.evals={}", "train.log_every=1")
+
+    def stop(event: Event) -> None:
+        if event["event"] == "log" and event["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="stopped at step 3, saved"):
+        train(config, stop)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.verify(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]).step == 3
+
+
+def test_steps_without_usable_samples_are_counted(scene_shards: Path, tmp_path: Path) -> None:
+    nothing = {"source": "absent", "modality": "text", "required": False}
+    changes = [f"data.fields.spoken={json.dumps(nothing)}", f"run.dir={tmp_path / 'run'}", "data.evals={}"]
+    report = train(run_config(scene_shards, *changes, 'tasks={"audio_text": 1, "caption": 1}'))
+    assert report["step"] == 6
+    assert report["steps_without_usable_samples"] == 3
+    assert "Steps passed over for want of usable samples: 3." in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_batch_that_the_ranks_cannot_share_names_the_nearest(scene_shards: Path) -> None:
+    world = World(0, 3, 0, 3, torch.device("cpu"), None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"data.batch_size=8 can't be dealt .* 3 ranks .*: the nearest that can is 6 or 9"):
+        _check_world(run_config(scene_shards), world)
