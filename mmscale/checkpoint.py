@@ -16,8 +16,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -188,10 +191,38 @@ def load(engine: Engine, found: Found, *, universal: bool) -> None:
             except UserError as caught:
                 error = caught
         world.agree(error)
-    loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=TAG)
+    optimizer = engine.deepspeed.optimizer
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    with _stand_ins(optimizer) if universal and engine.zero_stage < 3 else nullcontext():
+        loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=TAG)
     world.agree(None if loaded else CheckpointError(f"DeepSpeed found nothing to load in {path}"))
+    # The universal format gives all groups of ZeRO-3 the options of the first one, and one step counter between them,
+    # which each of them would advance.
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
     if universal and world.rank == 0:
         shutil.rmtree(path)
+
+
+@contextmanager
+def _stand_ins(optimizer: Any) -> Iterator[None]:
+    """Lets DeepSpeed load a universal checkpoint on a rank that holds nothing of some parameter group, only padding.
+
+    It asks for the step of the group's first parameter held here; there is none, so one answers for the others.
+    """
+    absent = [group[0] for group in optimizer.bit16_groups if all(p._hp_mapping is None for p in group)]
+    before = [getattr(parameter, "load_hp_checkpoint_state", None) for parameter in absent]
+    for parameter in absent:
+        parameter._hp_mapping = SimpleNamespace(get_optim_state_keys=lambda: ())
+        parameter.load_hp_checkpoint_state = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for parameter, method in zip(absent, before, strict=True):
+            parameter._hp_mapping, parameter.load_hp_checkpoint_state = None, method
 
 
 def load_model(path: Path) -> tuple[Model, Config]:

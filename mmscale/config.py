@@ -322,7 +322,7 @@ class EvalConfig(Section):
 
 class LaunchConfig(Section):
     nodes: PositiveInt = 1
-    workers_per_node: PositiveInt | None = None  # default: the devices of a node, else 1
+    workers_per_node: PositiveInt | None = None  # default: the GPUs of a node, else two
     max_restarts: Annotated[int, Field(ge=0)] = 3
 
 

@@ -35,6 +35,9 @@ def load_deepspeed() -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Made anew for each engine: the one DeepSpeed remembers may be of a process group that was destroyed since, as
+    # between two runs in one process.
+    deepspeed.utils.groups._WORLD_GROUP = None
     return deepspeed
 
 
@@ -118,6 +121,7 @@ class Engine:
         gradient cache). step=False leaves the gradients in place, for `gradients`; the engine is good for nothing else then.
         """
         assert len(parts) == self.accumulation
+        self._forget_gradients()
         factor = self.world.size / weight  # the engine averages gradients over ranks
         total = torch.zeros((), device=self.world.device)
         cached = self._cache(task, parts, factor) if task.coupled and len(parts) > 1 else None
@@ -136,6 +140,21 @@ class Engine:
             if step or not is_last:
                 self.deepspeed.step()
         return total / self.world.size
+
+    def _forget_gradients(self) -> None:
+        """Zeroes DeepSpeed's gradient buffers, which ZeRO-3 and offloading only write where a step uses a parameter.
+
+        Otherwise what a task leaves out would be updated again with the gradient of the last step that used it.
+        """
+        optimizer = self.deepspeed.optimizer
+        if self.zero_stage == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
+            flat = optimizer.fp32_partitioned_groups_flat
+        else:
+            flat = optimizer.single_partition_of_fp32_groups if self.zero_stage else []
+        for parameter in flat:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
 
     def _cache(
         self, task: Task, parts: Sequence[Batch], factor: float

@@ -21,7 +21,6 @@ from mmscale.config import (
     EvalConfig,
     FieldConfig,
     ImageConfig,
-    LaunchConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -67,7 +66,6 @@ def quickstart() -> Config:
         train=TrainConfig(duration="800", log_every=10, save_every="25%"),
         engine=EngineConfig(zero_stage=2),
         evals=EvalConfig(),
-        launch=LaunchConfig(nodes=1, workers_per_node=2),
     )
 
 

@@ -42,6 +42,7 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> di
         _check_world(config, world)
         run = open_run(config, world)
         run.emit = on_event if on_event is not None and world.rank == 0 else run.emit
+        run.emit({"event": "start", "folder": str(run.folder.absolute())})
         report = _train(config, world, run, stop)
     except BaseException as error:
         if run is not None:

@@ -31,6 +31,18 @@ else:
     )
 
 
+def test_import_is_quick() -> None:
+    """Neither triton nor torch's compiler, which cost seconds, are imported before they are used."""
+    run(
+        """
+import sys
+import mmscale_kernels
+heavy = [name for name in ("triton", "torch._dynamo", "torch._inductor") if name in sys.modules]
+assert not heavy, heavy
+"""
+    )
+
+
 def test_nothing_importable_is_called_kernels() -> None:
     """transformers probes for a package of that name; a folder without __init__.py does no harm."""
     for folder in ("kernels", "launcher"):

@@ -50,10 +50,13 @@ class Decision:
         return "\n".join(lines)
 
 
-@torch.compiler.assume_constant_result
+# Looked up once, without importing it: a traced graph can't search for modules.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def triton_refusal(device_type: str) -> str | None:
     """Why Triton kernels can't run on tensors of this device type here, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed"
     if device_type == "cuda":  # ROCm devices carry this name too
         return None

@@ -59,8 +59,10 @@ from mmscale_launcher.rank import Outcome, Place, Rank, Reporter
 if TYPE_CHECKING:
     from mmscale.config import Config
 
+CPU_WORKERS = 2  # on a node without GPUs, unless launch.workers_per_node says otherwise
 PLACEMENT_TIMEOUT = 30.0  # seconds a cluster gets to make room
 START_TIMEOUT = 120.0  # seconds the processes get to start, environment included
+SAVE_TIMEOUT = 120.0  # seconds the ranks get to save and stop
 GRACE = 1.0  # seconds in which the other ranks may tell the cause of a failure, after its first sign
 POLL = 0.3  # seconds between looks at the reporter
 OBJECT_STORE_BYTES = 100_000_000  # little goes through it: configs, events, one report a rank
@@ -91,8 +93,9 @@ def launch(
     address: of a Ray cluster: "auto", "host:port" or "ray://host:port"; with None a Ray is started on this
     machine (RAY_ADDRESS is not looked at). on_event: called with rank 0's events, and with {"event":
     "message", "text": ...} for what the launcher has to say, in the calling thread. Raises ConfigError
-    where the ranks can't be placed, RankFailed, and whatever UserError a rank raised. An interrupt, or
-    SIGTERM, which becomes one, ends all ranks before it goes on as KeyboardInterrupt.
+    where the ranks can't be placed, RankFailed, and whatever UserError a rank raised. An interrupt ends all
+    ranks before it goes on as KeyboardInterrupt. SIGTERM asks them to save and stop, which ends in their
+    Preempted; before they run, and where they don't listen, it is an interrupt.
     """
     emit = on_event or (lambda event: None)
     with _connected(config, address, emit) as cluster:
@@ -156,7 +159,7 @@ def _local_ray(config: Config, emit: OnEvent) -> Iterator[None]:
         raise ConfigError(
             f"launch.nodes={config.launch.nodes} needs a cluster, a local Ray is one node: give its address"
         )
-    num_workers = config.launch.workers_per_node or 1
+    num_workers = config.launch.workers_per_node or CPU_WORKERS
     num_cores = len(os.sched_getaffinity(0))
     if num_workers > num_cores:
         emit(_message(f"{num_workers} ranks share {num_cores} CPU cores"))
@@ -261,8 +264,16 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+class _Stop:
+    """What SIGTERM does: while ranks run they are asked to save and stop; else, or at the second, an interrupt."""
+
+    def __init__(self) -> None:
+        self.ranks_run = self.requested = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.requested or not self.ranks_run:
+            raise KeyboardInterrupt
+        self.requested = True
 
 
 # ------------------------------------------------------------------------------------------------ supervision
@@ -288,12 +299,13 @@ class _Failure:
 
 
 def _supervise(config: Config, *, cluster: _Cluster, emit: OnEvent, worker: str) -> dict[str, Any]:
+    stop = _Stop()
     if _is_main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # only now, since Ray sets its own when it connects
+        signal.signal(signal.SIGTERM, stop)  # only now, since Ray sets its own when it connects
     num_attempts = config.launch.max_restarts + 1
     seen: set[str] = set()
     for number in range(1, num_attempts + 1):
-        attempt = _Attempt(config, cluster=cluster, emit=emit)
+        attempt = _Attempt(config, cluster=cluster, emit=emit, stop=stop)
         try:
             failure = attempt.run(worker)
         except ConfigError as error:
@@ -307,6 +319,11 @@ def _supervise(config: Config, *, cluster: _Cluster, emit: OnEvent, worker: str)
             return attempt.report
         if failure.error is not None:
             raise failure.error
+        if stop.requested:
+            raise KeyboardInterrupt
+        if attempt.folder is not None:  # whatever run.resume says, a restart goes on with the run it restarts
+            run = config.run.model_copy(update={"dir": attempt.folder, "resume": "auto"})
+            config = config.model_copy(update={"run": run})
         details = failure.traceback or attempt.last_words.get(failure.rank, "")
         crash = re.search("Fatal Python error: (.+)", details)
         what = f"crashed ({crash[1]})" if crash and failure.kind == "died" else failure.what
@@ -330,8 +347,9 @@ def _supervise(config: Config, *, cluster: _Cluster, emit: OnEvent, worker: str)
 class _Attempt:
     """One set of processes, from their placement to their end."""
 
-    def __init__(self, config: Config, *, cluster: _Cluster, emit: OnEvent) -> None:
+    def __init__(self, config: Config, *, cluster: _Cluster, emit: OnEvent, stop: _Stop) -> None:
         self._config = config
+        self._stop = stop
         self._cluster = cluster
         self._emit = emit
         self._bundles: PlacementGroup | None = None
@@ -340,6 +358,7 @@ class _Attempt:
         self._reporter: Any = None
         self._fetch: Any = None  # the events under way from the reporter
         self.report: dict[str, Any] = {}
+        self.folder: str | None = None  # of the run, once rank 0 has told it
         self.last_words: dict[int, str] = {}  # by rank, what its process wrote last
         self.survivors: list[int] = []  # ids of processes that couldn't be ended
 
@@ -466,7 +485,12 @@ class _Attempt:
     def _watch(self, running: dict[Any, int]) -> _Failure | None:
         failures: list[_Failure] = []
         deadline = float("inf")
+        asked = False
+        self._stop.ranks_run = True
         while running and time.monotonic() < deadline:
+            if self._stop.requested and not asked:
+                asked, deadline = True, min(deadline, time.monotonic() + SAVE_TIMEOUT)
+                self._ask_to_stop()
             ready, _ = ray.wait(list(running), timeout=POLL)
             for answer in ready:
                 rank = running.pop(answer)
@@ -482,7 +506,21 @@ class _Attempt:
                 elif rank == 0:
                     self.report = outcome.report
             self._tell()
+        self._stop.ranks_run = False
+        if asked and not failures:
+            raise KeyboardInterrupt
         return min(failures, key=lambda failure: failure.priority, default=None)
+
+    def _ask_to_stop(self) -> None:
+        """Sends SIGTERM to every rank, on which `train` saves at its next step and raises Preempted."""
+        self._emit(_message("stopping: the ranks save first"))
+        for place in self._places.values():
+            if place.node_id == self._cluster.node_id:
+                os.kill(place.group, signal.SIGTERM)
+            else:
+                there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+                task = ray.remote(os.kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+                task.remote(place.group, signal.SIGTERM)
 
     def _tell(self, *, last: bool = False) -> None:
         """Hands the events that have arrived to the caller, asks for more; waits only for the last."""
@@ -493,6 +531,7 @@ class _Attempt:
                     return
                 events, self._fetch = ray.get(self._fetch, timeout=5), None
                 for event in events:
+                    self.folder = event.get("folder", self.folder)
                     self._emit(event)
                 if not events:
                     return
@@ -557,7 +596,7 @@ class _Layout:
         gpus = sorted((int(node["Resources"].get("GPU", 0)) for node in nodes), reverse=True)
         num_gpus = gpus[min(config.launch.nodes, len(gpus)) - 1]  # as many nodes as are asked have these
         use_gpu = config.run.device == "cuda" or (config.run.device == "auto" and num_gpus > 0)
-        num_workers = config.launch.workers_per_node or (num_gpus if use_gpu and num_gpus else 1)
+        num_workers = config.launch.workers_per_node or (num_gpus if use_gpu and num_gpus else CPU_WORKERS)
         # CPUs are there to be shared out on a cluster; those of a local Ray are ours, and may be too few
         bundle: dict[str, float] = {"CPU": 1 if cluster.is_local else num_workers}
         if use_gpu:
