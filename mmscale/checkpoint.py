@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified before they are loaded.
 
-`save` writes into `step-N.tmp/`, every file synced, a manifest of sizes and SHA-256 last, and then renames the folder: a
-folder without `.tmp` is complete. Each holds the sharded state of DeepSpeed (to resume), `model.safetensors` (to
+`save` writes into `step-N.tmp/`, every file synced, a manifest of sizes and SHA-256 last, and then renames the folder:
+one without `.tmp` is complete. Each holds the sharded state of DeepSpeed (to resume), `model.safetensors` (to
 evaluate, without DeepSpeed), the resolved config and the position in the data. `find` verifies the newest and falls
 back to the one before. At another world size within ZeRO 1 to 3, DeepSpeed's universal format is made beside it, loaded
 and removed again: it costs seconds, and nothing unverified is left for a later start.
@@ -307,6 +307,7 @@ def _agree_on_write(world: World, error: OSError | None, temporary: Path) -> Non
     except CheckpointError:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+        world.barrier()  # so that every rank finds room again to say in its log why it ends
         raise
 
 
@@ -317,7 +318,9 @@ def _explain(error: OSError, temporary: Path) -> str:
 
 
 def _bytes_needed(engine: Engine) -> int:
-    """A little above what all ranks will write: float32 weights of model and optimizer and to evaluate, two Adam moments."""
+    """A little above what all ranks will write: float32 weights to train, their master copy, those to evaluate, and two
+    Adam moments.
+    """
     shapes = (getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     return int(sum(shapes) * 5 * 4 * 1.1)
 

@@ -149,6 +149,7 @@ class FieldConfig(Section):
 
     source: str  # alternatives tried in order: "jpg|png|webp", "json.caption|txt"
     modality: Literal["text", "image", "audio", "label"]
+    first: Fraction | None = None  # how often training takes the first of several texts; default: all evenly
     required: bool = True
 
     @field_validator("source")
@@ -204,8 +205,8 @@ class TextConfig(Section):
 
 class ImageConfig(Section):
     size: PositiveInt = 64  # pixels a side
-    stem_widths: list[PositiveInt] = [32, 64, 128]  # channels of the stride-2 convolutions before the patches
-    patch_size: PositiveInt = 2  # of the stem's output
+    stem_widths: list[PositiveInt] = [16, 32, 64, 128]  # channels of the stride-2 convolutions before the patches
+    patch_size: PositiveInt = 1  # of the stem's output
 
     @property
     def num_tokens(self) -> int:
@@ -214,11 +215,11 @@ class ImageConfig(Section):
 
 class AudioConfig(Section):
     sample_rate: PositiveInt = 16000  # Hz
-    num_mels: PositiveInt = 40
-    hop: PositiveInt = 320  # samples between frames
-    max_frames: PositiveInt = 96
-    stem_widths: list[PositiveInt] = [128, 128]  # channels of the stride-2 convolutions over time
-    patch_size: PositiveInt = 2  # of the stem's output
+    num_mels: PositiveInt = 64
+    hop: PositiveInt = 256  # samples between frames
+    max_frames: PositiveInt = 128
+    stem_widths: list[PositiveInt] = [128, 128, 128]  # channels of the stride-2 convolutions over time
+    patch_size: PositiveInt = 1  # of the stem's output
 
     @property
     def stride(self) -> int:

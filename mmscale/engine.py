@@ -109,6 +109,9 @@ class Engine:
         )
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
         self.model: Model = self.deepspeed.module
+        self._clipped_norm: Tensor | None = None
+        if config.zero_stage == 0:
+            self.deepspeed.clip_fp32_gradients = self._clip_gradients
 
     def train_step(
         self, task: Task, parts: Sequence[Batch], *, weight: float, step: bool = True
@@ -118,7 +121,7 @@ class Engine:
         weight: the task's weight summed over all ranks and parts. The returned 0-d tensor stays on the device; its sum
         over ranks is the loss. A task that couples samples embeds all parts first without keeping activations, takes
         the loss over all of them, and replays each part with the gradient of its embeddings (Gao et al. 2021,
-        gradient cache). step=False leaves the gradients in place, for `gradients`; the engine is good for nothing else then.
+        gradient cache). step=False leaves the gradients in place, for `gradients`; don't train on with the engine then.
         """
         assert len(parts) == self.accumulation
         self._forget_gradients()
@@ -193,11 +196,20 @@ class Engine:
         """False where DeepSpeed skipped the optimizer because a gradient wasn't finite."""
         return bool(self.deepspeed.was_step_applied())
 
+    def _clip_gradients(self) -> None:
+        """DeepSpeed's own clipping without ZeRO forgets the norm."""
+        limit = self.deepspeed.gradient_clipping()
+        self._clipped_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
     @property
-    def gradient_norm(self) -> float:
-        """The global gradient norm of the last step, before clipping. Reading it synchronises the device."""
+    def gradient_norm(self) -> float | None:
+        """The global gradient norm of the last step, before clipping. Reading it synchronises the device.
+
+        None where nobody computed it: in fp32 without ZeRO and without clipping.
+        """
         norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        norm = self._clipped_norm if norm is None else norm
+        return None if norm is None else float(norm)
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:

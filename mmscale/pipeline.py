@@ -31,6 +31,7 @@ def make_schema(config: Config, model: Model, names: Collection[str], *, augment
         schema[name] = Field(
             field.source,
             read=model.modality(name).read,
+            first=field.first,
             augment=_augmentation(config.data.augment, field.modality) if augment else None,
             required=field.required,
         )

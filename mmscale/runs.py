@@ -150,24 +150,37 @@ def _claim(config: Config) -> tuple[Path, TextIO]:
         raise ConfigError(f"run.resume=must: there is no checkpoint to resume from in {folder}{finished}")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    if saved:
-        before = load_config(folder / "config.json")
-        changed = [d for d in before.differences(config) if not d.startswith(FREE_TO_CHANGE)]
-        if changed:
-            listed = "\n  ".join(changed)
-            raise ConfigError(
-                f"{folder} holds an unfinished run of another configuration:\n  {listed}\n"
-                "give the same one to go on with it, run.name=... for another folder, or run.resume=never"
-            )
-        return folder, lock
-    for left in ("metrics.jsonl", "evals.jsonl"):  # of a run that ended before its first checkpoint
-        (folder / left).unlink(missing_ok=True)
-    for left_events in folder.glob("events.out.tfevents.*"):
-        left_events.unlink()
+    try:
+        if saved:
+            _check_same(folder, config)
+        else:
+            _start_over(folder, config)
+    except BaseException:
+        lock.close()
+        raise
+    return folder, lock
+
+
+def _check_same(folder: Path, config: Config) -> None:
+    """Raises ConfigError where going on would compute something else than what was begun."""
+    before = load_config(folder / "config.json")
+    changed = [d for d in before.differences(config) if not d.startswith(FREE_TO_CHANGE)]
+    if changed:
+        listed = "\n  ".join(changed)
+        raise ConfigError(
+            f"{folder} holds an unfinished run of another configuration:\n  {listed}\n"
+            "give the same one to go on with it, run.name=... for another folder, or run.resume=never"
+        )
+
+
+def _start_over(folder: Path, config: Config) -> None:
+    """Makes the folder this config's, without what a run left that ended before its first checkpoint."""
+    for pattern in ("metrics.jsonl", "evals.jsonl", "events.out.tfevents.*"):
+        for path in folder.glob(pattern):
+            path.unlink()
     temporary = folder / "config.json.tmp"
     temporary.write_text(config.to_json(), encoding="utf-8")
     temporary.rename(folder / "config.json")
-    return folder, lock
 
 
 def _lock(folder: Path) -> TextIO:

@@ -46,6 +46,8 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> di
         report = _train(config, world, run, stop)
     except BaseException as error:
         if run is not None:
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                error.filename = str(run.folder)  # a full disk doesn't say which
             run.record(error)
         raise
     else:

@@ -56,7 +56,7 @@ else:
             ((0,), (True,), 19, (2, 2), 16, "each"),
             ((0, 3, 20), (False, False, True), 40, (4, 2), 24, "each"),
             ((0, 3, 20), (False, False, True), 29, (2, 2), 8, ""),
-            ((0, 70), (False, True), 90, (1, 1), 8, "shared"),  # several blocks of 64
+            ((0, 35), (False, True), 70, (1, 1), 8, "shared"),  # several blocks of 32 or 64
         ],
     )
     def test_packed(

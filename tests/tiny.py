@@ -2,6 +2,7 @@
 
     config = tiny_config(scenes, "engine.zero_stage=3")    # scenes: a folder made by make_scenes
     engine = make_engine(config, join_world())
+    loss = run_step(engine, TASKS["caption"](), tensors)
 """
 
 from __future__ import annotations
@@ -9,21 +10,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from mmscale.config import Config
-from mmscale.data.batch import TensorBatch, split_rows
+from mmscale.data.batch import TensorBatch
 from mmscale.engine import Engine
-from mmscale.models import Model
-from mmscale.pipeline import train_stream
 from mmscale.recipes import get
-from mmscale.tasks import TASKS, Task, model_for
+from mmscale.tasks import Task, model_for
+from mmscale.train import _drop_complete, _micro_batches
 from mmscale.world import World, init_world
-
-LABELS = ("concept",)
 
 
 def tiny_config(scenes: Path, *assignments: str) -> Config:
-    """The quickstart recipe, shrunk: width 32, depth 2, pictures of 16 pixels, 12 samples a step, one task."""
+    """The quickstart recipe, shrunk: width 32, depth 2, pictures of 16 pixels, 12 samples a step."""
     return get("quickstart").override(
         f"data.train={scenes}/train",
         "data.evals={}",
@@ -49,8 +46,28 @@ def tiny_config(scenes: Path, *assignments: str) -> Config:
 
 
 def join_world() -> World:
-    """The world of a rank that `run_ranks` started, or of this process alone."""
-    # The group is there already; DeepSpeed would look for MPI if these were missing.
+    """The world of a rank that `run_ranks` started."""
+    # The group is there already; without an address DeepSpeed and we would ask who is to be met.
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     return init_world(device="cpu", threads=1)
+
+
+def make_engine(config: Config, world: World) -> Engine:
+    return Engine(
+        model_for(config),
+        config=config.engine,
+        optim=config.optim,
+        world=world,
+        micro_batch=config.data.batch_size // (world.size * config.train.accumulation),
+        accumulation=config.train.accumulation,
+    )
+
+
+def run_step(engine: Engine, task: Task, batch: TensorBatch, *, step: bool = True) -> float:
+    """One training step on this rank's part of a batch, as the trainer does it; the global loss."""
+    parts = _micro_batches(task, batch, engine.accumulation)
+    weight = 1.0 if task.coupled else sum(task.weight(part) for part in parts)
+    [weight] = engine.world.sum([weight])
+    loss = engine.train_step(task, [_drop_complete(part) for part in parts], weight=weight, step=step)
+    return engine.world.sum([loss.item()])[0]

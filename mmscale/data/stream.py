@@ -60,6 +60,7 @@ class Field:
         text of anything else. A JSON list is a set of alternatives: each is read; training takes one at
         random, evaluation the first. None, a missing path and an empty list count as absent.
     choose: all sources that the record has are alternatives to choose from, not the first one only.
+    first: how often training takes the first alternative; the others share the rest evenly. None: all evenly.
     augment: (value, rng) -> value, applied in training to what was read, with a generator of its own.
     required: an absent field is an error; otherwise its value is None.
     """
@@ -67,6 +68,7 @@ class Field:
     source: str
     read: Callable[[bytes], Any]
     choose: bool = False
+    first: float | None = None
     augment: Callable[[Any, np.random.Generator], Any] | None = None
     required: bool = True
 
@@ -558,6 +560,8 @@ class _Source:
         if not isinstance(spec, Field):
             raise ValueError(f"fields[{name!r}] must be a Field, got {type(spec).__name__}")
         self.names = spec.source.split("|")
+        if spec.first is not None and not 0 <= spec.first <= 1:
+            raise ValueError(f"fields[{name!r}].first must be from 0 to 1, got {spec.first!r}")
         if not all(self.names):
             raise ValueError(f"fields[{name!r}].source must be names joined by '|', got {spec.source!r}")
         self.spec = spec
@@ -744,7 +748,7 @@ class _Assembler:
             chosen = 0
             if self.train and (len(alternatives) > 1 or spec.augment is not None):
                 rng = source.generator(slot)
-                chosen = int(rng.integers(len(alternatives))) if len(alternatives) > 1 else 0
+                chosen = _choose(rng, len(alternatives), spec.first)
             value = alternatives[chosen]
             if self.cache and isinstance(value, np.ndarray):
                 value = value.copy()  # whoever gets it may write into it
@@ -752,6 +756,14 @@ class _Assembler:
                 value = spec.augment(value, rng)
             values[name] = value
         return shards.sample_key(shard, key), values
+
+
+def _choose(rng: np.random.Generator, num_alternatives: int, first: float | None) -> int:
+    if num_alternatives == 1:
+        return 0
+    if first is None:
+        return int(rng.integers(num_alternatives))
+    return 0 if rng.random() < first else int(rng.integers(1, num_alternatives))
 
 
 def _alternatives(

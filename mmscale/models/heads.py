@@ -19,6 +19,7 @@ class JointHead(nn.Module):
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
         self.projection = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, states: States) -> Tensor:
         return F.normalize(self.projection(states.mean()).float(), dim=-1)

@@ -10,9 +10,11 @@ sample gives the same tokens beside any neighbours, which is what makes ranks in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +38,9 @@ class Tokens(NamedTuple):
     kind: str
 
 
+MEL_SPREAD = 0.45  # standard deviation of log-mel features of speech around a clip's mean
+
+
 def valid_mask(lengths: Tensor, size: int) -> Tensor:
     """(B,) lengths to a (B, size) boolean mask of the valid positions."""
     return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
@@ -51,6 +56,14 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
         return x * scale * self.weight.view(-1, *[1] * (x.dim() - 2))
+
+
+def _keeping_spread(conv: nn.Conv1d | nn.Conv2d) -> Any:
+    """The convolution with weights that keep the spread of activations through a GELU (He et al. 2015)."""
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
 
 
 class Text(nn.Module):
@@ -80,6 +93,8 @@ class Text(nn.Module):
         self.max_length = config.max_length
         self.embedding = nn.Embedding(self.num_ids, width)
         self.position = nn.Embedding(config.max_length + 1, width)  # one more: <bos> before a target
+        nn.init.normal_(self.embedding.weight, std=0.05)
+        nn.init.normal_(self.position.weight, std=0.02)
 
     def read(self, data: bytes) -> np.ndarray:
         """UTF-8 bytes to (T,) int32 ids, without special tokens, cut to max_length."""
@@ -130,14 +145,12 @@ class Image(nn.Module):
         self.size, self.num_patches = config.size, config.num_tokens
         channels = [3, *config.stem_widths]
         layers: list[nn.Module] = []
-        for before, after in zip(channels, channels[1:], strict=False):
-            layers += [
-                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-                ChannelNorm(after),
-                nn.GELU(),
-            ]
+        for before, after in pairwise(channels):
+            conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            layers += [_keeping_spread(conv), ChannelNorm(after), nn.GELU()]
         self.stem = nn.Sequential(*layers)
-        self.patch = nn.Conv2d(channels[-1], width, config.patch_size, stride=config.patch_size)
+        patch = nn.Conv2d(channels[-1], width, config.patch_size, stride=config.patch_size)
+        self.patch = _keeping_spread(patch)
         self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
 
     def read(self, data: bytes) -> np.ndarray:
@@ -158,7 +171,10 @@ class Image(nn.Module):
 
 
 class Audio(nn.Module):
-    """Sound as a log-mel spectrogram, reduced over time by a small convolutional stem."""
+    """Sound as a log-mel spectrogram, reduced over time by a small convolutional stem.
+
+    A clip's mean spectrum is subtracted (cepstral mean normalisation): it is the voice's and the room's, not the words'.
+    """
 
     kind = "audio"
 
@@ -167,11 +183,11 @@ class Audio(nn.Module):
         self.config = config
         channels = [config.num_mels, *config.stem_widths]
         self.stem = nn.ModuleList(
-            nn.Conv1d(before, after, 3, stride=2, padding=1)
-            for before, after in zip(channels, channels[1:], strict=False)
+            _keeping_spread(nn.Conv1d(before, after, 5, stride=2, padding=2))
+            for before, after in pairwise(channels)
         )
-        self.norms = nn.ModuleList(ChannelNorm(after) for after in channels[1:])
-        self.patch = nn.Conv1d(channels[-1], width, config.patch_size, stride=config.patch_size)
+        patch = nn.Conv1d(channels[-1], width, config.patch_size, stride=config.patch_size)
+        self.patch = _keeping_spread(patch)
         self.position = nn.Parameter(torch.randn(config.max_frames // config.stride, width) * 0.02)
 
     def read(self, data: bytes) -> np.ndarray:
@@ -198,23 +214,32 @@ class Audio(nn.Module):
     def embed(self, field: Field) -> Tokens:
         lengths = field["lengths"]
         x = field["x"].to(self.patch.weight.dtype).transpose(1, 2)
-        for conv, norm in zip(self.stem, self.norms, strict=True):
+        # What lies past the end must stay zero, or the last valid frame would see how far the batch was padded.
+        valid = valid_mask(lengths, x.shape[2]).unsqueeze(1)
+        mean = (x * valid).sum(2, keepdim=True) / lengths.clamp(min=1).view(-1, 1, 1)
+        x = (x - mean) * valid / MEL_SPREAD
+        for conv in self.stem:
             lengths = (lengths + 1) // 2
-            x = F.gelu(norm(conv(x)))
-            # What lies past the end must stay zero, or the last valid frame would see how far the batch was padded.
-            x = x * valid_mask(lengths, x.shape[2]).unsqueeze(1)
+            x = F.gelu(conv(x)) * valid_mask(lengths, -(-x.shape[2] // 2)).unsqueeze(1)
         x = self.patch(x).transpose(1, 2)
         lengths = -(-lengths // self.config.patch_size)
         return Tokens(x + self.position[: x.shape[1]], lengths, self.kind)
 
 
 class Label:
-    """An integer of the record, such as a class or a concept's id: no tokens, tasks read it as it is."""
+    """What tells which samples are the same: an integer of the record, or any text, of which it takes the hash.
+
+    It makes no tokens; tasks read it as it is.
+    """
 
     kind = "label"
 
     def read(self, data: bytes) -> np.ndarray:
-        return np.asarray(int(data), dtype=np.int64)
+        try:
+            return np.asarray(int(data), dtype=np.int64)
+        except (ValueError, OverflowError):
+            digest = hashlib.blake2b(data, digest_size=8).digest()
+            return np.asarray(int.from_bytes(digest, "little", signed=True), dtype=np.int64)
 
     def collate(self, arrays: Sequence[np.ndarray | None]) -> Field:
         return stack_arrays(arrays, (), torch.int64)

@@ -43,8 +43,6 @@ class Model(nn.Module):
         self.language = LanguageHead(config.width, self.text.num_ids)
         self.scales = nn.ModuleDict({name: LogitScale() for name in scales})
         self.kernels = config.backend
-        for embedding in (self.text.embedding, self.text.position):
-            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs one function of the model, such as a task's `embed`, inside the hooks of whoever wraps the model."""

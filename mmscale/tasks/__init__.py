@@ -15,7 +15,7 @@ from mmscale.tasks.contrastive import Contrastive
 
 TASKS: dict[str, Callable[[], Task]] = {
     "image_text": lambda: Contrastive("image_text", "image", "text", label="concept"),
-    "audio_text": lambda: Contrastive("audio_text", "audio", "spoken", label="concept"),
+    "audio_text": lambda: Contrastive("audio_text", "audio", "spoken", label="utterance"),
     "caption": lambda: Caption("caption", "image", "text"),
 }
 

@@ -13,16 +13,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import join_world, tiny_config
+from tiny import join_world, make_engine, run_step, tiny_config
 from torch import Tensor
 
 from mmscale.config import Config
 from mmscale.data.batch import TensorBatch
-from mmscale.engine import Engine
 from mmscale.models import Model
 from mmscale.pipeline import collate, train_stream
 from mmscale.tasks import TASKS, Task, model_for
-from mmscale.train import _drop_complete, _micro_batches
 from mmscale.world import World
 
 pytestmark = pytest.mark.distributed
@@ -41,7 +39,7 @@ class Case(NamedTuple):
     lacking: str = NONE_LACK
 
 
-# Each stage, task and way of lacking a field on several ranks, with and without accumulation. The cross is in the slow tier.
+# Every stage, task and way of lacking a field, with and without accumulation; the cross is in the slow tier.
 FEW = {
     1: [
         Case("image_text", 0, 2),
@@ -108,27 +106,16 @@ def engine_results(scenes: Path, cases: list[Case]) -> list[tuple[float, dict[st
     results = []
     for case in cases:
         config, task = make_config(scenes, case), TASKS[case.task]()
-        model = model_for(config)
-        batch = make_batch(config, model, task, world.rank, world.size, rows_lacking(case.lacking, world.size))
-        parts = _micro_batches(task, batch, case.accumulation)
-        weight = 1.0 if task.coupled else sum(task.weight(part) for part in parts)
-        engine = Engine(
-            model,
-            config=config.engine,
-            optim=config.optim,
-            world=world,
-            micro_batch=BATCH_SIZE // (world.size * case.accumulation),
-            accumulation=case.accumulation,
-        )
-        loss = engine.train_step(
-            task, [_drop_complete(part) for part in parts], weight=world.sum([weight])[0], step=False
-        )
-        results.append((world.sum([loss.item()])[0], engine.gradients()))
+        engine = make_engine(config, world)
+        lacking = rows_lacking(case.lacking, world.size)
+        batch = make_batch(config, engine.model, task, world.rank, world.size, lacking)
+        loss = run_step(engine, task, batch, step=False)
+        results.append((loss, engine.gradients()))
     return results if world.rank == 0 else []
 
 
 def plain_results(scenes: Path, case: Case, world_size: int) -> tuple[float, dict[str, Tensor]]:
-    """The same in one process with plain autograd: no ranks, no micro-batches, no engine, incomplete samples left out."""
+    """The same in one process with plain autograd: no ranks, no micro-batches, incomplete samples left out."""
     config, task = make_config(scenes, case), TASKS[case.task]()
     model = model_for(config)
     batch = make_batch(config, model, task, 0, 1, rows_lacking(case.lacking, world_size))

@@ -1,7 +1,7 @@
 """Resume invariance: 2N steps are N steps, a `kill -9`, and N steps more, on as many workers or on others.
 
 Every run here is real: ranks are processes of their own, as torchrun would start them, and one of them is killed while
-it trains. What is compared is what a run leaves behind: metrics.jsonl, the checkpoint, and which samples each rank read.
+it trains. What is compared is what a run leaves behind: metrics.jsonl, the checkpoint, and the samples each rank read.
 """
 
 from __future__ import annotations
