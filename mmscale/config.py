@@ -205,7 +205,12 @@ class TextConfig(Section):
 
 class ImageConfig(Section):
     size: PositiveInt = 64  # pixels a side
-    stem_widths: list[PositiveInt] = [16, 32, 64, 128]  # channels of the stride-2 convolutions before the patches
+    stem_widths: list[PositiveInt] = [
+        16,
+        32,
+        64,
+        128,
+    ]  # channels of the stride-2 convolutions before the patches
     patch_size: PositiveInt = 1  # of the stem's output
 
     @property

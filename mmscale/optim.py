@@ -37,7 +37,7 @@ class AdamW(ClampAfterStep, torch.optim.AdamW):
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Three groups: matrices (decayed); vectors, embeddings and positions (not); logit scales (clamped, not decayed)."""
+    """Three groups: matrices (decayed); vectors, embeddings, positions (not); logit scales (clamped, not decayed)."""
     scales = {id(p) for m in model.modules() if isinstance(m, LogitScale) for p in m.parameters()}
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed: list[nn.Parameter] = []

@@ -1,4 +1,4 @@
-"""From shards to batches: a stream whose schema is the config's fields and whose collation is the model's modalities."""
+"""From shards to batches: a stream whose schema is the config's fields, collated by the model's modalities."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """The task's answer for each input of its first field: {"input": ..., "answer": ...}.
 
-    images and audios are files. A ranking's entries name the ranked input. Raises ConfigError where an input is missing,
-    empty or not of the task's kind, DataError for a file that can't be read.
+    images and audios are files. A ranking's entries name the ranked input. Raises ConfigError where an input is
+    missing, empty or not of the task's kind, DataError for a file that can't be read.
     """
     task = TASKS[task_name]()
     given = {"image": images, "audio": audios, "text": texts}

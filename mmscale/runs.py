@@ -1,7 +1,7 @@
 """A run's folder: who may use it, what was evaluated, one log for each rank.
 
-`open_run` claims `runs/NAME`: an unfinished run of the same config is gone on with, a finished one is left alone and the
-next free name taken, and an unfinished one of another config is refused with the differences in words, unless it has no
+`open_run` claims `runs/NAME`: an unfinished run of the same config is gone on with, a finished one is left alone and
+the next free name taken, and an unfinished one of another config is refused with the differences in words, unless it has no
 checkpoint yet: then there is nothing to lose, and the folder is taken over.
 """
 

@@ -1,7 +1,7 @@
 """The training loop, read top to bottom: next batch, forward, backward, step, log, evaluate, save.
 
-`train(config)` runs one rank. It is the same function in one process, under torchrun and under Ray: who we are comes from
-the environment (see `mmscale.world`). Killed at any time and called again, it goes on from the newest checkpoint with
+`train(config)` runs one rank. It is the same function in one process, under torchrun and under Ray: who we are comes
+from the environment (see `mmscale.world`). Killed at any time and called again, it goes on from the newest checkpoint with
 the very next sample.
 """
 
@@ -215,8 +215,8 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
             run.emit({"event": "log", "total_steps": total_steps, "eta_s": eta, **line})
             if not all(map(math.isfinite, losses.values())):
                 raise UserError(
-                    f"the loss is {line['loss']} by step {step}: lower optim.lr={config.optim.lr:g} or look at the data; "
-                    f"checkpoints up to step {step - config.train.log_every} are good"
+                    f"the loss is {line['loss']} by step {step}: lower optim.lr={config.optim.lr:g} or look at the "
+                    f"data; checkpoints up to step {step - config.train.log_every} are good"
                 )
 
         # Evaluate, save, stop.

@@ -86,7 +86,8 @@ def init_world(*, device: str = "auto", threads: int | None = None, timeout: flo
     on_cuda = has_cuda and device != "cpu"
     if on_cuda and local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {local_rank} has no device: this machine has {torch.cuda.device_count()}; start fewer workers a node"
+            f"local rank {local_rank} has no device: this machine has {torch.cuda.device_count()}; "
+            "start fewer workers a node"
         )
     place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))

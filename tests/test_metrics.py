@@ -37,7 +37,12 @@ def test_rates_are_sums_over_the_whole_window() -> None:
     for seconds, wait in ((1.0, 0.5), (3.0, 0.5)):  # a mean of rates would give (8 + 8 / 3) / 2 samples/s
         clock.now += seconds
         window.add(samples=8, tokens=100, wait_s=wait)
-    assert window.close() == {"samples_per_s": 4.0, "tokens_per_s": 50.0, "data_wait_frac": 0.25, "step_s": 2.0}
+    assert window.close() == {
+        "samples_per_s": 4.0,
+        "tokens_per_s": 50.0,
+        "data_wait_frac": 0.25,
+        "step_s": 2.0,
+    }
 
 
 def test_a_window_begins_anew_when_closed() -> None:
@@ -152,7 +157,11 @@ def events(total: int | None) -> list[dict[str, Any]]:
         eta = None if total is None else 130.0 - step
         facts = {"loss": 30 / step, "samples_per_s": 267.7, "data_wait_frac": 0.021, "eta_s": eta}
         said.append({"event": "log", "step": step, "total_steps": total, **facts})
-    said += [{"event": "eval", "step": 20}, {"event": "message", "text": "resumed"}, {"event": "save", "step": 20}]
+    said += [
+        {"event": "eval", "step": 20},
+        {"event": "message", "text": "resumed"},
+        {"event": "save", "step": 20},
+    ]
     return said
 
 

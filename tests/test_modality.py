@@ -72,7 +72,9 @@ def test_an_embedding_depends_on_its_sample_alone(model: Model, field: str) -> N
     torch.testing.assert_close(together[:-1], alone, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(backwards, alone, rtol=0, atol=TOLERANCE)
     distances = (alone @ alone.T).fill_diagonal_(-1)
-    assert distances.max() < 1 - 100 * TOLERANCE, "different samples must lie apart, or the test shows nothing"
+    assert distances.max() < 1 - 100 * TOLERANCE, (
+        "different samples must lie apart, or the test shows nothing"
+    )
 
 
 @pytest.mark.parametrize("field", SAMPLES)

@@ -13,7 +13,15 @@ from PIL import Image
 from tiny_run import run_config
 
 from mmscale.evals import report as reports
-from mmscale.evals.report import next_commands, report_text, retrieval_picture, tables, to_json, to_markdown, to_text
+from mmscale.evals.report import (
+    next_commands,
+    report_text,
+    retrieval_picture,
+    tables,
+    to_json,
+    to_markdown,
+    to_text,
+)
 from mmscale.tasks import model_for
 from mmscale.tasks.base import Metric
 
@@ -57,7 +65,10 @@ def test_tables_set_before_beside_after_and_chance(report: dict[str, Any]) -> No
             "unseen style: image_text, 400 candidates",
             [["", "before", "after", "chance"], ["image to text R@1", "0.002", "0.210", "0.003"]],
         ),
-        ("unseen style: caption", [["", "before", "after", "chance"], ["loss per token", "3.500", "3.500", ""]]),
+        (
+            "unseen style: caption",
+            [["", "before", "after", "chance"], ["loss per token", "3.500", "3.500", ""]],
+        ),
     ]
 
 
@@ -79,7 +90,11 @@ def test_markdown_is_well_formed(report: dict[str, Any], scene_shards: Path) -> 
     ]
     assert "replaced" not in text
     assert "passed over" not in text
-    report |= {"substituted_samples": {"undecodable image": 3}, "steps_without_usable_samples": 2, "samples_per_s": None}
+    report |= {
+        "substituted_samples": {"undecodable image": 3},
+        "steps_without_usable_samples": 2,
+        "samples_per_s": None,
+    }
     text = to_markdown(report, run_config(scene_shards))
     assert "Unreadable samples replaced by others: 3 undecodable image." in text
     assert "Steps passed over for want of usable samples: 2." in text
@@ -121,7 +136,9 @@ def test_commands_are_quoted_for_a_shell(tmp_path: Path, scene_shards: Path) -> 
     commands = next_commands(folder, run_config(scene_shards))
     assert commands[0] == f"tensorboard --logdir '{folder}'"
     assert commands[1] == f"mmscale eval '{folder}' --data {scene_shards / 'test-style'}"
-    assert commands[2].startswith(f"mmscale predict '{folder}' --task image_text --image '{folder}/example.png' --text")
+    assert commands[2].startswith(
+        f"mmscale predict '{folder}' --task image_text --image '{folder}/example.png' --text"
+    )
     assert len(commands) == 3
 
 
@@ -131,7 +148,9 @@ def test_the_picture_frames_the_right_image_of_each_text(
     config = run_config(scene_shards)
     drawn: list[Any] = []
     draw = reports._draw
-    monkeypatch.setattr(reports, "_draw", lambda caption, rows: drawn.append((caption, rows)) or draw(caption, rows))
+    monkeypatch.setattr(
+        reports, "_draw", lambda caption, rows: drawn.append((caption, rows)) or draw(caption, rows)
+    )
     path = retrieval_picture(model_for(config).eval(), config, tmp_path)
     assert path == tmp_path / "report.png", "with 22 candidates some text finds its image even by chance"
     caption, rows = drawn[0]
@@ -151,6 +170,8 @@ def test_the_picture_frames_the_right_image_of_each_text(
 
 
 def test_no_picture_without_enough_candidates(tmp_path: Path, scene_shards: Path) -> None:
-    config = run_config(scene_shards, f'data.evals={{"few": "{scene_shards / "test-concepts"}"}}')  # three concepts
+    config = run_config(
+        scene_shards, f'data.evals={{"few": "{scene_shards / "test-concepts"}"}}'
+    )  # three concepts
     assert retrieval_picture(model_for(config).eval(), config, tmp_path) is None
     assert not (tmp_path / "report.png").exists()

@@ -36,14 +36,20 @@ def test_one_answer_to_everything_scores_zero() -> None:
 def test_perfect_and_shifted() -> None:
     eye = torch.eye(8)
     assert retrieval(eye, eye, ks=(1,)) == {1: 1.0}
-    assert retrieval(eye, eye.roll(1, 0), ks=(1, 7)) == {1: 0.0, 7: 0.0}  # the right one ties with six others, below one
+    assert retrieval(eye, eye.roll(1, 0), ks=(1, 7)) == {
+        1: 0.0,
+        7: 0.0,
+    }  # the right one ties with six others, below one
 
 
 def test_nan_counts_against_the_query() -> None:
     queries = torch.eye(3)
     broken = torch.eye(3)
     broken[1] = torch.nan
-    assert retrieval(queries, broken, ks=(1, 2)) == {1: 0.0, 2: 2 / 3}  # ahead of 0 and 2; 1 is behind everything
+    assert retrieval(queries, broken, ks=(1, 2)) == {
+        1: 0.0,
+        2: 2 / 3,
+    }  # ahead of 0 and 2; 1 is behind everything
     assert retrieval(torch.full((3, 3), torch.nan), queries, ks=(1,)) == {1: 0.0}
 
 

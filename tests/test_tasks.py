@@ -75,13 +75,20 @@ def model(config: Config) -> Model:
     return model_for(config).eval()
 
 
-def batch_of(model: Model, texts: list[str | None], pictures: list[int | None]) -> dict[str, dict[str, torch.Tensor]]:
+def batch_of(
+    model: Model, texts: list[str | None], pictures: list[int | None]
+) -> dict[str, dict[str, torch.Tensor]]:
     """Texts and grey pictures of the given brightness; None = the sample lacks it."""
     size = model.image.size
-    arrays = [None if grey is None else torch.full((3, size, size), grey, dtype=torch.uint8).numpy() for grey in pictures]
+    arrays = [
+        None if grey is None else torch.full((3, size, size), grey, dtype=torch.uint8).numpy()
+        for grey in pictures
+    ]
     return {
         "image": model.image.collate(arrays),
-        "text": model.text.collate([None if text is None else model.text.read(text.encode()) for text in texts]),
+        "text": model.text.collate(
+            [None if text is None else model.text.read(text.encode()) for text in texts]
+        ),
     }
 
 
@@ -142,7 +149,9 @@ def test_contrastive_loss_is_that_of_the_usable_samples_alone(model: Model) -> N
     whole = batch_of(model, TEXTS, PICTURES)
     whole["usable"] = {"x": task.usable(whole)}
     alone = batch_of(model, [TEXTS[0], TEXTS[4]], [PICTURES[0], PICTURES[4]])
-    losses = [task.objective(task.embed(model, one), group=False, backend=None)[0].item() for one in (whole, alone)]
+    losses = [
+        task.objective(task.embed(model, one), group=False, backend=None)[0].item() for one in (whole, alone)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # fp32 sums over other paddings
     assert losses[0] > 0
 
@@ -157,7 +166,9 @@ def test_samples_of_one_label_are_each_other_s_positives(model: Model) -> None:
     assert plain == pytest.approx(math.log(2), rel=1e-5)
     assert labelled == pytest.approx(math.log(2), rel=1e-5)
     batch["concept"]["x"] = torch.tensor([4, 5])
-    assert task.objective(task.embed(model, batch), group=False, backend=None)[0].item() == pytest.approx(plain)
+    assert task.objective(task.embed(model, batch), group=False, backend=None)[0].item() == pytest.approx(
+        plain
+    )
 
 
 def test_scores_leave_out_what_is_missing_and_repeated(model: Model) -> None:
@@ -170,7 +181,12 @@ def test_scores_leave_out_what_is_missing_and_repeated(model: Model) -> None:
     assert metrics["image to text R@1"].chance == 0.5
     assert metrics["text to image R@5"] == (1.0, 1.0)
     with torch.no_grad():
-        assert TASKS["caption"]().metrics(TASKS["caption"]().score(model, batch_of(model, [None], [1])), num_candidates=1) == {}
+        assert (
+            TASKS["caption"]().metrics(
+                TASKS["caption"]().score(model, batch_of(model, [None], [1])), num_candidates=1
+            )
+            == {}
+        )
 
 
 def test_generated_text_does_not_depend_on_its_neighbours(model: Model) -> None:

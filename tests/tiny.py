@@ -1,8 +1,8 @@
 """A tiny tri-modal run for tests: drawn scenes, a model of some ten thousand weights, engines around it.
 
-    config = tiny_config(scenes, "engine.zero_stage=3")    # scenes: a folder made by make_scenes
-    engine = make_engine(config, join_world())
-    loss = run_step(engine, TASKS["caption"](), tensors)
+config = tiny_config(scenes, "engine.zero_stage=3")    # scenes: a folder made by make_scenes
+engine = make_engine(config, join_world())
+loss = run_step(engine, TASKS["caption"](), tensors)
 """
 
 from __future__ import annotations

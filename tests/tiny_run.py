@@ -14,7 +14,10 @@ from mmscale.recipes import get
 
 
 def run_changes(shards: Path) -> list[str]:
-    """What makes the quickstart tiny, as the command line takes it: `mmscale train quickstart CHANGES`."""
+    """What makes the quickstart tiny, as the command line takes it: `mmscale train quickstart CHANGES`.
+
+    It fixes every number that a test goes by, so that the recipe may be tuned.
+    """
     return [
         "run.name=tiny",
         "run.device=cpu",
@@ -23,20 +26,36 @@ def run_changes(shards: Path) -> list[str]:
         f'data.evals={{"unseen style": "{shards / "test-style"}"}}',
         "data.batch_size=8",
         "data.cache_mb=8",
+        "data.augment={}",
+        "data.fields.text.first=null",
         "model.width=32",
         "model.depth=1",
         "model.num_heads=2",
         "model.mlp_ratio=2",
         "model.embed_dim=16",
         f"model.text.tokenizer={shards / 'tokenizer.json'}",
+        "model.text.max_length=12",
         "model.image.size=32",
         "model.image.stem_widths=[8,16]",
+        "model.image.patch_size=2",
         "model.audio.num_mels=16",
+        "model.audio.hop=320",
+        "model.audio.max_frames=96",
         "model.audio.stem_widths=[16,16]",
+        "model.audio.patch_size=2",
+        'tasks={"image_text": 0.6, "audio_text": 0.3, "caption": 0.1}',
+        "optim.lr=1e-3",
+        "optim.warmup=5%",
+        "optim.schedule=cosine",
         "train.duration=6",
+        "train.accumulation=1",
         "train.log_every=2",
         "train.save_every=3",
+        "train.eval_every=null",
+        "train.keep_checkpoints=2",
         "engine.zero_stage=1",
+        "engine.precision=fp32",
+        "evals.num_candidates=400",
         "evals.batch_size=16",
         "evals.num_generated=16",
         "launch.workers_per_node=1",

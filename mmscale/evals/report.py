@@ -161,7 +161,7 @@ def retrieval_picture(model: Model, config: Config, folder: Path) -> Path | None
     """Draws six texts with the five images each finds among the first evaluation set's, the right one framed.
 
     Only texts whose image is among the five are shown, spread evenly over those, and the picture says how many there
-    are. None where no text finds its image. Writes one sample's image and sound as example.jpg, example.flac or the like.
+    are. None where no text finds its image. Writes one sample's image and sound as example.jpg and .flac.
     """
     title, shards = next(iter(config.data.evals.items()))
     rows = _candidates(model, config, shards, folder)
@@ -196,7 +196,9 @@ def _candidates(
     fields = {
         "image": Field(sources["image"], read=lambda data: (data, model.image.read(data)), required=False),
         "text": Field(sources["text"], read=lambda data: (data, model.text.read(data)), required=False),
-        "label": Field(labels[0] if labels else "-", read=int, required=False),
+        "label": Field(
+            labels[0] if labels else "-", read=lambda data: int(model.label.read(data)), required=False
+        ),
         "audio": Field(sounds[0] if sounds else "-", read=bytes, required=False),
     }
     stream = ShardStream(

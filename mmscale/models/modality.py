@@ -173,7 +173,7 @@ class Image(nn.Module):
 class Audio(nn.Module):
     """Sound as a log-mel spectrogram, reduced over time by a small convolutional stem.
 
-    A clip's mean spectrum is subtracted (cepstral mean normalisation): it is the voice's and the room's, not the words'.
+    A clip's mean spectrum is subtracted (cepstral mean normalisation): it is of the voice and the room, not the words.
     """
 
     kind = "audio"

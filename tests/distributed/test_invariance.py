@@ -28,7 +28,12 @@ pytestmark = pytest.mark.distributed
 BATCH_SIZE = 12  # divided by 1, 2 and 3 ranks with 1 and 2 micro-batches
 
 # Which samples lack the task's first field.
-NONE_LACK, SOME_LACK, LAST_RANK_LACKS, LAST_RANK_ALONE_HAS = "", "some", "last rank lacks", "last rank alone has"
+NONE_LACK, SOME_LACK, LAST_RANK_LACKS, LAST_RANK_ALONE_HAS = (
+    "",
+    "some",
+    "last rank lacks",
+    "last rank alone has",
+)
 LACKING = (NONE_LACK, SOME_LACK, LAST_RANK_LACKS, LAST_RANK_ALONE_HAS)
 
 
@@ -85,7 +90,9 @@ def make_config(scenes: Path, case: Case) -> Config:
     )
 
 
-def make_batch(config: Config, model: Model, task: Task, rank: int, size: int, lacking: set[int]) -> TensorBatch:
+def make_batch(
+    config: Config, model: Model, task: Task, rank: int, size: int, lacking: set[int]
+) -> TensorBatch:
     """A rank's part of the first global batch, without the first field in the rows given."""
     # A rank's stream needs no group: it knows its rows from its number.
     world = World(rank, size, rank, size, torch.device("cpu"), control=None)  # type: ignore[arg-type]
@@ -94,7 +101,9 @@ def make_batch(config: Config, model: Model, task: Task, rank: int, size: int, l
     stream.close()
     first = rank * BATCH_SIZE // size
     for row in range(len(batch)):
-        batch["concept"][row] = batch["concept"][row] % 5  # so that some samples match others, on other ranks too
+        batch["concept"][row] = (
+            batch["concept"][row] % 5
+        )  # so that some samples match others, on other ranks too
         if first + row in lacking:
             batch[task.fields[0]][row] = None
     return collate(model, batch)
@@ -125,7 +134,9 @@ def plain_results(scenes: Path, case: Case, world_size: int) -> tuple[float, dic
     loss = total / weight
     loss.backward()
     zero = torch.zeros(())
-    return loss.item(), {n: zero.expand_as(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return loss.item(), {
+        n: zero.expand_as(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
 
 
 def check(scenes: Path, world_size: int, cases: list[Case], timeout: float) -> None:
@@ -138,8 +149,12 @@ def check(scenes: Path, world_size: int, cases: list[Case], timeout: float) -> N
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
             error, size = (gradient - expected[name]).abs().max(), expected[name].abs().max()
-            assert error <= 1e-5 * size, f"{case}: {name} is off by {error:.1e}, its largest element is {size:.1e}"
-        assert any(gradient.abs().max() > 1e-4 for gradient in gradients.values()), f"{case}: no gradient at all"
+            assert error <= 1e-5 * size, (
+                f"{case}: {name} is off by {error:.1e}, its largest element is {size:.1e}"
+            )
+        assert any(gradient.abs().max() > 1e-4 for gradient in gradients.values()), (
+            f"{case}: no gradient at all"
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

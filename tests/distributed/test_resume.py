@@ -27,7 +27,11 @@ from mmscale.train import train
 
 pytestmark = pytest.mark.distributed
 
-NUM_STEPS, SAVED, KILLED = 10, 5, 7  # an epoch has 5 steps of 12 samples; the kill costs steps that were logged already
+NUM_STEPS, SAVED, KILLED = (
+    10,
+    5,
+    7,
+)  # an epoch has 5 steps of 12 samples; the kill costs steps that were logged already
 
 
 def make_config(scenes: Path, folder: Path, *assignments: str) -> Config:
@@ -186,7 +190,9 @@ def test_fifty_steps_in_one_process_under_torchrun_and_twice(scene_shards: Path,
         ("two again", ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]),
     ):
         folder = tmp_path / name
-        config = make_config(scene_shards, folder, "train.duration=50", "train.save_every=50", "engine.zero_stage=2")
+        config = make_config(
+            scene_shards, folder, "train.duration=50", "train.save_every=50", "engine.zero_stage=2"
+        )
         (tmp_path / "config.json").write_text(config.to_json())
         command = [sys.executable, *launcher, "-m", "mmscale.cli", "train", str(tmp_path / "config.json")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
