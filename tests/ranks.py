@@ -101,17 +101,21 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[A
         ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
         if not ready:
             raise TimeoutError(f"ranks {sorted(waiting.values())} of {len(pipes)} not done in {timeout} s")
+        failures = []
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = waiting[pipe]
             try:
-                error, result = pickle.loads(pipe.recv_bytes())
+                when, error, result = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise RuntimeError(f"rank {rank} of {len(pipes)} died without a word") from None
             if error is not None:
                 error.add_note(f"on rank {rank} of {len(pipes)}:\n{result}")
-                raise error
+                failures.append((when, rank, error))
             results[rank] = result
+        if failures:
+            # The first to fail is the cause; the others may only have lost their connection to it.
+            raise min(failures, key=lambda failure: failure[:2])[2]
     return [results[rank] for rank in range(len(pipes))]
 
 
@@ -125,17 +129,17 @@ def _rank(
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-        try:
-            dist.barrier()  # or a rank that fails at once would tear down what another is still connecting to
-            message = pickle.dumps((None, fn(*args)))
-        finally:
-            dist.destroy_process_group()
+        dist.barrier()  # or a rank that fails at once would tear down what another is still connecting to
+        message = pickle.dumps((time.monotonic(), None, fn(*args)))
     except BaseException as error:
-        text = traceback.format_exc()
+        when, text = time.monotonic(), traceback.format_exc()
         try:
-            message = pickle.dumps((error, text))
+            message = pickle.dumps((when, error, text))
             pickle.loads(message)
         except Exception:  # an exception that can't be pickled is told by its words
-            message = pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))
+            message = pickle.dumps((when, RuntimeError(f"{type(error).__name__}: {error}"), text))
+    # Told before the group ends, which fails whoever waits for this rank.
     pipe.send_bytes(message)
     pipe.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, content: byt
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(path)
     assert str(path) in str(caught.value)
-    with pytest.raises(ConfigError, match="can't read the config .*absent.json: No such file"):
+    with pytest.raises(ConfigError, match=r"can't read the config .*absent\.json: No such file"):
         get(str(tmp_path / "absent.json"))
 
 
@@ -287,7 +288,5 @@ def test_any_config_survives_its_file(name: str, lr: float, seed: int, shards: l
 
 @given(st.lists(st.text(max_size=30), max_size=4))
 def test_whatever_is_typed_ends_in_a_config_or_in_a_message(assignments: list[str]) -> None:
-    try:
+    with contextlib.suppress(ConfigError):
         get("quickstart").override(*assignments)
-    except ConfigError as error:
-        assert str(error)

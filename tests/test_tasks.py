@@ -22,7 +22,7 @@ from mmscale.tasks import TASKS, Caption, Contrastive, model_for, schedule
 
 
 def widest_deviation(weights: Mapping[str, float], num_steps: int) -> float:
-    """The most by which a task's number of steps differs from its share of them, over all stretches of the first steps."""
+    """The most by which a task's number of steps differs from its share, over all stretches of the first steps."""
     total = sum(weights.values())
     excess = dict.fromkeys(weights, 0.0)  # steps of the task so far, less its share
     lowest, highest = dict(excess), dict(excess)

@@ -167,7 +167,7 @@ def test_a_run_that_saved_nothing_is_in_nobody_s_way(scene_shards: Path, tmp_pat
 
 def test_resume_must_needs_a_checkpoint(scene_shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(ConfigError, match="run.resume=must: there is no checkpoint to resume from in .*run"):
+    with pytest.raises(ConfigError, match=r"run.resume=must: there is no checkpoint to resume from in .*run"):
         train(run_config(scene_shards, f"run.dir={folder}", "run.resume=must"))
     assert not folder.exists()
 

@@ -1,4 +1,4 @@
-"""A whole run small enough for tests: the quickstart recipe reduced to seconds, with its evaluations and all three tasks.
+"""A whole run small enough for tests: the quickstart reduced to seconds, with its evaluations and all three tasks.
 
     config = run_config(scene_shards, "train.duration=8", f"run.dir={tmp_path / 'run'}")
 
