@@ -1,8 +1,8 @@
 """A run's folder: who may use it, what was evaluated, one log for each rank.
 
 `open_run` claims `runs/NAME`: an unfinished run of the same config is gone on with, a finished one is left alone and
-the next free name taken, and an unfinished one of another config is refused with the differences in words, unless it has no
-checkpoint yet: then there is nothing to lose, and the folder is taken over.
+the next free name taken, and an unfinished one of another config is refused with the differences in words, unless it
+has no checkpoint yet: then there is nothing to lose, and the folder is taken over. A folder has one process at a time.
 """
 
 from __future__ import annotations

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from mmscale.data.scenes import make_scenes
+
+# How long one example takes says nothing on a machine that other jobs share.
+hypothesis.settings.register_profile("mmscale", deadline=None)
+hypothesis.settings.load_profile("mmscale")
 
 
 @pytest.fixture(scope="session")

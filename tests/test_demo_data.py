@@ -244,14 +244,17 @@ class TestScenes:
             make_scenes(tmp_path)
         with pytest.raises(UserError, match="is a file"):
             make_scenes(tmp_path / "notes.txt")
-        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+        (tmp_path / "demo.json").write_text("{}")
+        with pytest.raises(UserError, match="holds other files"):
+            make_scenes(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "notes.txt"]
 
     def test_no_room_is_said_before_the_work(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         class Usage:
             free = 1_000_000
 
         monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
-        with pytest.raises(DataError, match=r"needs about 5 MB, and its disk has 1 MB left"):
+        with pytest.raises(DataError, match=r"needs about 2 MB, and its disk has 1 MB left"):
             make_scenes(tmp_path / "data", num_samples=64)
 
     def test_arguments(self, tmp_path: Path) -> None:
@@ -259,6 +262,19 @@ class TestScenes:
             make_scenes(tmp_path, num_samples=0)
         with pytest.raises(UserError, match="there are scenes for"):
             make_scenes(tmp_path, num_samples=1_000_000)
+
+    def test_several_processes_may_ask_at_once(self, tmp_path: Path, info: DemoInfo) -> None:
+        program = """
+            import sys
+            from pathlib import Path
+            from mmscale.data.scenes import make_scenes
+            print(make_scenes(Path(sys.argv[1]), num_samples=64, samples_per_shard=30).cached)
+        """
+        arguments = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "data")]
+        ranks = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        said = sorted(rank.communicate(timeout=60)[0].strip() for rank in ranks)
+        assert said == ["False", "True", "True"], "one makes it, the others wait for it"
+        assert _digests(tmp_path / "data") == _digests(info.path)
 
     def test_one_sample_is_enough(self, tmp_path: Path) -> None:
         assert make_scenes(tmp_path, num_samples=1).num_samples == {

@@ -512,7 +512,7 @@ def plan_emoji(
             text for concept in seen for text in (*emojis[concept].captions, *emojis[concept].captions_zh)
         ],
         licenses=licenses,
-        bytes_per_sample=60_000,
+        bytes_per_sample=35_000,
     )
 
 

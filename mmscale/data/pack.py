@@ -12,6 +12,7 @@ it was in.
 
 import contextlib
 import errno
+import fcntl
 import io
 import itertools
 import json
@@ -260,11 +261,12 @@ def find_built(out: Path, request: Mapping[str, Any]) -> DemoInfo | None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to write the data to")
     manifest = _load_json(out / "demo.json")
-    if manifest is None:
-        if out.is_dir() and not (out / _MARKER).exists() and any(out.iterdir()):
-            raise UserError(f"{out} holds other files; give an empty or a new folder to write the data to")
-        return None
-    if manifest["request"] != dict(request):
+    ours = (
+        (out / _MARKER).exists() if manifest is None else isinstance(manifest, dict) and "request" in manifest
+    )
+    if not ours and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(f"{out} holds other files; give an empty or a new folder to write the data to")
+    if manifest is None or manifest["request"] != dict(request):
         return None
     shards: dict[str, list[Path]] = {}
     for split, facts in manifest["splits"].items():
@@ -305,23 +307,30 @@ def build(
     Raises:
         UserError: `out` is a file or holds other files. DataError: no room on the disk.
     """
-    find_built(out, request)  # for its errors
-    identity = {"request": dict(request), "source": plan.source, "details": plan.details}
-    total = sum(len(items) for items in plan.splits.values())
+    find_built(out, request)  # for its errors, before anything is made
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if _load_json(out / _MARKER) != identity:
-            for leftover in (*(out / split for split in plan.splits), out / "demo.json"):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink(missing_ok=True)
-            write_json(out / _MARKER, identity)
+        with (out / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several ranks may ask for the same data at once: one makes it
+            found = find_built(out, request)
+            return found or _build(
+                out, plan, request, samples_per_shard, workers or os.cpu_count() or 1, progress
+            )
     except OSError as error:
         raise _disk_error(out, error) from error
-    needed, free = total * plan.bytes_per_sample, shutil.disk_usage(out).free
-    if needed > free:
-        raise DataError(f"{out} needs about {needed / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB left")
+
+
+def _build(
+    out: Path, plan: Plan, request: Mapping[str, Any], samples_per_shard: int, workers: int, progress: bool
+) -> DemoInfo:
+    identity = {"request": dict(request), "source": plan.source, "details": plan.details}
+    if _load_json(out / _MARKER) != identity:
+        for leftover in (*(out / split for split in plan.splits), out / "demo.json"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+        write_json(out / _MARKER, identity)
 
     jobs = [
         (split, number, items)
@@ -337,9 +346,12 @@ def build(
             read_index(path)  # makes it, if the run died between the shard and its index
         else:
             missing.append((split, number, items))
-    _write_shards(
-        out, missing, plan.renderer, workers=workers or os.cpu_count() or 1, progress=progress, total=total
-    )
+    needed = sum(len(items) for _, _, items in missing) * plan.bytes_per_sample
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise DataError(f"{out} needs about {needed / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB left")
+    total = sum(len(items) for items in plan.splits.values())
+    _write_shards(out, missing, plan.renderer, workers=workers, progress=progress, total=total)
 
     write_bytes(out / "tokenizer.json", train_tokenizer(plan.texts).encode())
     write_bytes(out / "LICENSES.md", plan.licenses.encode())

@@ -181,7 +181,7 @@ def scenes_plan(*, num_samples: int, seed: int) -> Plan:
         renderer=_renderer,
         texts=[text for scene in train for text in _captions(scene.parts)],
         licenses="# Licences\n\nmmscale generated all that lies here; no rights are reserved.\n",
-        bytes_per_sample=50_000,
+        bytes_per_sample=20_000,
     )
 
 
