@@ -70,7 +70,9 @@ def save(
             temporary.mkdir(parents=True)
             need, free = _bytes_needed(engine), shutil.disk_usage(folder).free
             if free < need:
-                raise OSError(f"about {need / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free")
+                raise OSError(
+                    f"about {need / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free"
+                )
         except OSError as caught:
             error = caught
     _agree_on_write(world, error, temporary)
@@ -112,7 +114,8 @@ def save(
             _sync(folder)
             for old in complete(folder)[:-keep]:
                 shutil.rmtree(old)
-            for left in (*folder.glob("step-*.tmp"), *folder.glob("step-*.universal*")):  # by runs that were killed
+            # What killed runs left behind.
+            for left in (*folder.glob("step-*.tmp"), *folder.glob("step-*.universal*")):
                 shutil.rmtree(left)
         except OSError as caught:
             error = caught
@@ -332,7 +335,14 @@ def _convert(source: Path, target: Path) -> None:
     for left in (temporary, target):  # by a start that was killed
         shutil.rmtree(left, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source)]
-    command += ["--output_folder", str(temporary / TAG), "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command += [
+        "--output_folder",
+        str(temporary / TAG),
+        "--num_extract_workers",
+        "1",
+        "--num_merge_workers",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         verb(arguments)
     except UserError as error:
-        print(f"mmscale: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks raise what they agreed on
+            print(f"mmscale: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         kept = "; the same command goes on from the newest checkpoint" if verb in (train, launch) else ""

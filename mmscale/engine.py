@@ -113,9 +113,7 @@ class Engine:
         if config.zero_stage == 0:
             self.deepspeed.clip_fp32_gradients = self._clip_gradients
 
-    def train_step(
-        self, task: Task, parts: Sequence[Batch], *, weight: float, step: bool = True
-    ) -> Tensor:
+    def train_step(self, task: Task, parts: Sequence[Batch], *, weight: float, step: bool = True) -> Tensor:
         """Forward and backward over this rank's micro-batches, then the optimizer. Returns the global loss's share.
 
         weight: the task's weight summed over all ranks and parts. The returned 0-d tensor stays on the device; its sum

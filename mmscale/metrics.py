@@ -22,11 +22,19 @@ Event = dict[str, Any]
 
 
 class Window:
-    """Counts samples, tokens and waiting time since the last `close`."""
+    """Counts samples, tokens and waiting time since the last `close`, and seconds since it was made.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    before_s: seconds that a resumed run has trained before.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, *, before_s: float = 0.0) -> None:
+        self._clock, self._closed_s = clock, before_s
         self._reset()
+
+    @property
+    def total_s(self) -> float:
+        """All seconds of training, pauses left out."""
+        return self._closed_s + self._clock() - self._start
 
     def _reset(self) -> None:
         self._start, self._wait = self._clock(), 0.0
@@ -42,6 +50,7 @@ class Window:
     def close(self) -> dict[str, float]:
         """Rates over the window, which begins anew: samples and tokens a second, waiting share, seconds a step."""
         elapsed = max(self._clock() - self._start, 1e-9)
+        self._closed_s += elapsed
         rates = {
             "samples_per_s": self._samples / elapsed,
             "tokens_per_s": self._tokens / elapsed,

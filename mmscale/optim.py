@@ -48,7 +48,11 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if id(parameter) in scales:
             clamped.append(parameter)
-        elif len(shape) < 2 or id(parameter) in tables or name.split(".")[-1] in ("position", "gates", "qkv_scale"):
+        elif (
+            len(shape) < 2
+            or id(parameter) in tables
+            or name.split(".")[-1] in ("position", "gates", "qkv_scale")
+        ):
             plain.append(parameter)
         else:
             decayed.append(parameter)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmscale.config import (
-    AudioAugmentConfig,
     AudioConfig,
     AugmentConfig,
     Config,
@@ -55,7 +54,6 @@ def quickstart() -> Config:
             },
             augment=AugmentConfig(
                 image=ImageAugmentConfig(shift=0.08, scale=0.25, rotate_deg=15, color=0.3),
-                audio=AudioAugmentConfig(time_mask=8, freq_mask=10, gain=0.1, shift=6),
             ),
             cache_mb=512,
         ),
@@ -69,7 +67,7 @@ def quickstart() -> Config:
             image=ImageConfig(),
             audio=AudioConfig(),
         ),
-        tasks={"image_text": 0.55, "audio_text": 0.33, "caption": 0.12},
+        tasks={"image_text": 0.55, "audio_text": 0.28, "caption": 0.17},
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup="50", final_lr=0.01),
         train=TrainConfig(duration="800", log_every=10, save_every="25%"),
         engine=EngineConfig(zero_stage=2),

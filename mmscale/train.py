@@ -108,11 +108,11 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         accumulation=num_parts,
         universal=universal,
     )
-    step, seconds = 0, 0.0
+    step, before_s = 0, 0.0
     if found is not None:
         checkpoint.load(engine, found, universal=universal)
         stream.load_state_dict(found.manifest["state"]["stream"])
-        step, seconds = found.step, found.manifest["state"]["seconds"]
+        step, before_s = found.step, found.manifest["state"]["seconds"]
         run.say(f"resumed at step {step} from {found.path}")
     else:
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -124,6 +124,8 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
 
     writer = Writer(run.folder, resume_step=step) if world.rank == 0 else None
 
+    window = Window(before_s=before_s)
+
     def run_evaluation(at: int) -> None:
         resume = window.pause()
         for name, shards in config.data.evals.items():
@@ -133,25 +135,22 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
 
     def save(at: int) -> None:
         resume = window.pause()
-        state = {"stream": stream.state_dict(), "seconds": seconds + time.perf_counter() - started}
+        state = {"stream": stream.state_dict(), "seconds": window.total_s}
         path = checkpoint.save(
             engine, run.checkpoints, step=at, state=state, config=config, keep=config.train.keep_checkpoints
         )
         run.emit({"event": "save", "step": at, "path": str(path)})
         resume()
 
-    started = time.perf_counter()
-    window = Window()
     if step == 0 and config.data.evals:
         run_evaluation(0)
-    started = time.perf_counter()  # evaluating before is not training
     last_save = time.monotonic()
     pending: list[tuple[str, torch.Tensor]] = []
     skipped = 0
     batches = iter(stream)
-    window = Window()
+    at_end = step == total_steps
 
-    while total_steps is None or step < total_steps:
+    while not at_end:
         # Next batch. One small host-side sum tells every rank what it must know to do the same as the others.
         begin = time.perf_counter()
         batch, error = None, None
@@ -166,8 +165,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         rows = sum(len(part["usable"]["x"]) for part in parts)
         weight = 1.0 if task.coupled else sum(task.weight(part) for part in parts)
         tokens = sum(model.modality(field).num_tokens(part[field]) for part in parts for field in task.fields)
-        clock = time.perf_counter() - started + seconds
-        out_of_time = limit.seconds is not None and clock >= limit.seconds and world.rank == 0
+        out_of_time = limit.seconds is not None and window.total_s >= limit.seconds and world.rank == 0
         save_by_clock = save_every.seconds is not None and time.monotonic() - last_save >= save_every.seconds
         save_by_clock = save_by_clock and world.rank == 0
         sums = world.sum(
@@ -176,8 +174,6 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         failed, stopped, ended, save_now, all_rows, all_weight, all_tokens = sums
         if failed:
             world.agree(error)
-        if ended:
-            break
 
         # Forward, backward, optimizer step.
         rate = learning_rate(config.optim, step, warmup_steps=warmup, total_steps=total_steps)
@@ -188,10 +184,11 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         else:
             skipped += 1
         step += 1
+        at_end = step == total_steps or bool(ended)
         window.add(samples=config.data.batch_size, tokens=round(all_tokens), wait_s=wait)
 
         # Log: the one place where the device is waited for.
-        if pending and (step % config.train.log_every == 0 or step == total_steps or stopped):
+        if pending and (step % config.train.log_every == 0 or at_end or stopped):
             losses = _mean_losses(pending, world)
             rates = window.close()
             pending.clear()
@@ -216,11 +213,10 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
             if not all(map(math.isfinite, losses.values())):
                 raise UserError(
                     f"the loss is {line['loss']} by step {step}: lower optim.lr={config.optim.lr:g} or look at the "
-                    f"data; checkpoints up to step {step - config.train.log_every} are good"
+                    f"data; checkpoints before step {step - config.train.log_every} are good"
                 )
 
         # Evaluate, save, stop.
-        at_end = step == total_steps
         if eval_every is not None and step % eval_every.steps == 0 and not at_end:
             run_evaluation(step)
         if save_now or (save_every.steps and step % save_every.steps == 0 and not at_end) or stopped:
@@ -229,8 +225,6 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         if stopped and not at_end:
             raise Preempted(f"stopped at step {step}, saved; the same command goes on from there")
 
-    seconds += time.perf_counter() - started
-    started = time.perf_counter()
     if not any(path.name == f"step-{step:08d}" for path in checkpoint.complete(run.checkpoints)):
         save(step)
     if config.data.evals:
@@ -246,8 +240,8 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
     report = {
         "step": step,
         "samples": step * config.data.batch_size,
-        "train_seconds": seconds,
-        "samples_per_s": step * config.data.batch_size / seconds if seconds else None,
+        "train_seconds": window.total_s,
+        "samples_per_s": step * config.data.batch_size / window.total_s if step else None,
         "world_size": world.size,
         "device": world.device.type,
         "steps_without_usable_samples": skipped,

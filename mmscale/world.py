@@ -97,15 +97,15 @@ def init_world(*, device: str = "auto", threads: int | None = None, timeout: flo
         os.environ["DS_ACCELERATOR"] = "cpu"
     if "MASTER_ADDR" not in os.environ:
         if size > 1:
-            raise ConfigError(f"WORLD_SIZE={size} without MASTER_ADDR: start through torchrun or mmscale launch")
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-    for name, value in (
-        ("RANK", rank),
-        ("WORLD_SIZE", size),
-        ("LOCAL_RANK", local_rank),
-        ("LOCAL_SIZE", local_size),
-    ):
-        os.environ[name] = str(value)
+            raise ConfigError(
+                f"WORLD_SIZE={size} without MASTER_ADDR: start through torchrun or mmscale launch"
+            )
+        _set("MASTER_ADDR", "127.0.0.1")
+        _set("MASTER_PORT", _free_port())
+    _set("RANK", rank)
+    _set("WORLD_SIZE", size)
+    _set("LOCAL_RANK", local_rank)
+    _set("LOCAL_SIZE", local_size)  # DeepSpeed's name for LOCAL_WORLD_SIZE
     limit = timedelta(seconds=timeout)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=limit, rank=rank, world_size=size)
@@ -114,8 +114,20 @@ def init_world(*, device: str = "auto", threads: int | None = None, timeout: flo
 
 
 def close_world() -> None:
+    """Leaves the process group and takes back what `init_world` put into the environment, for later processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _was_set:
+        os.environ.pop(_was_set.pop(), None)
+
+
+_was_set: list[str] = []  # names in the environment that we have set for DeepSpeed
+
+
+def _set(name: str, value: object) -> None:
+    if name not in os.environ:
+        os.environ[name] = str(value)
+        _was_set.append(name)
 
 
 def _free_port() -> int:

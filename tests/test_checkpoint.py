@@ -160,8 +160,11 @@ def test_a_kill_after_the_rename_leaves_the_new_checkpoint(scene_shards: Path, t
 
 def test_the_newest_are_kept(copied: Path, scene_shards: Path) -> None:
     assert steps(copied) == [2, 4, 6]
+    for left_by_a_kill in ("step-00000005.tmp", "step-00000004.universal", "step-00000004.universal-tmp"):
+        (copied / "checkpoints" / left_by_a_kill / "deepspeed").mkdir(parents=True)
     assert run(train, make_config(scene_shards, copied)) == [0]
     assert steps(copied) == [4, 6, 8]
+    assert len(list((copied / "checkpoints").iterdir())) == 3
 
 
 # -------------------------------------------------------------------------------------------------- damage

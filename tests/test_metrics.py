@@ -91,14 +91,14 @@ def test_lines_and_curves_hold_what_was_logged(tmp_path: Path) -> None:
     writer = Writer(tmp_path, resume_step=0)
     for step in (1, 2):
         writer.log(line(step))
-    writer.scalars(2, {"eval/unseen style/R@1": 0.25})
-    writer.image("picture", np.zeros((4, 4, 3), np.uint8), 2)
-    # Read before closing: a process that is killed never closes anything.
+    # Read before anything is closed: a process that is killed closes nothing.
     assert read_json_lines(tmp_path / "metrics.jsonl") == [line(1), line(2)]
     assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 0.5)]
     assert scalars(tmp_path, "loss/caption") == [(1, 2.0), (2, 4.0)]
-    assert scalars(tmp_path, "eval/unseen style/R@1") == [(2, 0.25)]
     assert "train/mfu" not in EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    writer.scalars(2, {"eval/unseen style/R@1": 0.25})
+    assert scalars(tmp_path, "eval/unseen style/R@1") == [(2, 0.25)]
+    writer.image("picture", np.zeros((4, 4, 3), np.uint8), 2)
     writer.close()
     assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"] == ["picture"]
 

@@ -39,7 +39,11 @@ def test_launch_quickstart(scene_shards: Path, tmp_path: Path):
     assert report["world_size"] == 2
     assert json.loads((run / "report.json").read_text())["samples"] == 48
     assert {entry["step"] for entry in report["evaluations"]} == {0, 6}
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [
+        2,
+        4,
+        6,
+    ]
     assert sorted(p.name for p in (run / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
     assert (run / "checkpoints" / "step-00000006" / "model.safetensors").is_file()
     for word in ("samples/s", "data wait", "ETA"):

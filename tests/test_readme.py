@@ -55,8 +55,15 @@ def test_commands_run_as_written(tmp_path):
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     env = {**os.environ, "PATH": f"{wrapper.parent}:{real.parent}:{os.environ['PATH']}"}
     for block in BLOCKS:
-        commands = "\n".join(line for line in block.splitlines() if not line.startswith(("make ", "git ", "cd ")))
+        commands = "\n".join(
+            line for line in block.splitlines() if not line.startswith(("make ", "git ", "cd "))
+        )
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", commands], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{commands}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -97,9 +97,9 @@ def spectrogram_augment(
     """(frames, num_mels) float32 log-mel spectrogram to a changed copy of the same shape.
 
     shift: moved by up to this many frames, each way. gain: up to this much added to all values, each way
-    (louder or softer). time_mask, freq_mask: up to this many frames and mels in a row are silenced
-    (SpecAugment: Park et al., 2019). Silence, also what is moved in, is the clip's minimum. The numbers drawn
-    don't depend on the arguments.
+    (louder or softer); what is moved in is silence, the clip's minimum. time_mask, freq_mask: up to this many
+    frames and mels in a row are replaced by the clip's mean (SpecAugment: Park et al., 2019, whose zero is the
+    mean of normalised features). The numbers drawn don't depend on the arguments.
     """
     if mel.ndim != 2 or not mel.size:
         raise ValueError(f"mel must be (frames, num_mels) and not empty, got shape {mel.shape}")
@@ -113,11 +113,11 @@ def spectrogram_augment(
     changed = np.full_like(mel, silence)
     changed[max(0, moved) : frames + min(0, moved)] = mel[max(0, -moved) : frames - max(0, moved)]
     changed += gain * (2 * gain_u - 1)
-    silence = changed.min()
+    mean = changed.mean(dtype=np.float32)
     width = min(int((time_mask + 1) * time_width), frames)
     start = int((frames - width + 1) * time_at)
-    changed[start : start + width] = silence
+    changed[start : start + width] = mean
     width = min(int((freq_mask + 1) * freq_width), num_mels)
     start = int((num_mels - width + 1) * freq_at)
-    changed[:, start : start + width] = silence
+    changed[:, start : start + width] = mean
     return changed

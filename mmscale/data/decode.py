@@ -10,6 +10,7 @@ adds shard, key and field.
 
 import functools
 import io
+import re
 import math
 
 import numpy as np
@@ -99,7 +100,9 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    """What the error says, without the object in memory that stands for the file's name."""
+    text = re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
+    return text.splitlines()[0][:200]
 
 
 def decode_audio(data: bytes, sample_rate: int) -> np.ndarray:

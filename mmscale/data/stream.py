@@ -190,7 +190,7 @@ class ShardStream:
             if not self.steps_per_epoch:
                 raise DataError(
                     f"{shards.describe()}: {self.num_samples} samples don't fill one batch of {batch_size}: "
-                    "use a smaller batch_size, or remainder='wrap'"
+                    "use a smaller batch_size"
                 )
         else:
             self.steps_per_epoch = -(-self.num_samples // batch_size)

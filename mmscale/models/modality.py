@@ -83,13 +83,15 @@ class Text(nn.Module):
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"model.text.tokenizer={path} can't be read: {error}") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
         found = {name: self.tokenizer.token_to_id(name) for name in ("<pad>", "<bos>", "<eos>")}
         ids = [value for value in found.values() if value is not None]
         if len(ids) < len(found):
             missing = ", ".join(name for name, value in found.items() if value is None)
             raise ConfigError(f"model.text.tokenizer={path} lacks the special tokens {missing}")
         self.pad_id, self.bos_id, self.eos_id = ids
-        self.num_ids = self.tokenizer.get_vocab_size()
+        self.num_ids = max(self.tokenizer.get_vocab().values()) + 1  # ids may have holes
         self.max_length = config.max_length
         self.embedding = nn.Embedding(self.num_ids, width)
         self.position = nn.Embedding(config.max_length + 1, width)  # one more: <bos> before a target
@@ -106,9 +108,7 @@ class Text(nn.Module):
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def collate(self, arrays: Sequence[np.ndarray | None]) -> Field:
-        field, _ = pad_sequences(
-            arrays, max_length=self.max_length, pad_value=self.pad_id, dtype=torch.int64
-        )
+        field, _ = pad_sequences(arrays, max_length=self.max_length, pad_value=self.pad_id, dtype=torch.int64)
         return field
 
     def num_tokens(self, field: Field) -> int:

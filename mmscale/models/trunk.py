@@ -95,7 +95,9 @@ class Block(nn.Module):
         self, width: int, num_heads: int, num_kv_heads: int, hidden: int, depth: int, backend: str | None
     ) -> None:
         super().__init__()
-        scale = (2 * depth) ** -0.5  # so that the residual stream doesn't grow with the number of its summands
+        scale = (
+            2 * depth
+        ) ** -0.5  # so that the residual stream doesn't grow with the number of its summands
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.attention = Attention(width, num_heads, num_kv_heads, scale, backend)
         self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
@@ -130,6 +132,7 @@ class Trunk(nn.Module):
         )
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.activation_checkpointing = activation_checkpointing
+
     def forward(self, prefix: list[Tokens], target: Tokens | None = None) -> States:
         segments = [*prefix, target] if target is not None else prefix
         causal = (False,) * len(prefix) + (True,) * (target is not None)

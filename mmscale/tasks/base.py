@@ -27,7 +27,9 @@ class Task(ABC):
     """One thing to learn. Subclasses keep no state: a task may be made anew at any time."""
 
     coupled: ClassVar[bool] = False  # whether a sample's loss depends on the other samples
-    generates: ClassVar[bool] = False  # whether scoring generates, which is slow: fewer samples are scored then
+    generates: ClassVar[bool] = (
+        False  # whether scoring generates, which is slow: fewer samples are scored then
+    )
 
     def __init__(self, name: str, fields: tuple[str, ...]) -> None:
         self.name, self.fields = name, fields

@@ -74,12 +74,15 @@ class Caption(Task):
         exact = scores["exact"][rows].double().mean().item()
         return {
             "loss per token": Metric((scores["loss"][rows].sum() / scores["tokens"][rows].sum()).item()),
-            "exact match": Metric(exact, counts.max().item() / len(rows)),  # chance: always the commonest text
+            "exact match": Metric(
+                exact, counts.max().item() / len(rows)
+            ),  # chance: always the commonest text
         }
 
     def predict(self, model: Model, batch: Batch) -> list[object]:
         if self.image not in batch:
             raise ValueError(f"{self.name} describes a picture: {self.image} is missing")
         return [
-            model.text.write([i for i in row if i != model.text.pad_id]) for row in self.generate(model, batch).tolist()
+            model.text.write([i for i in row if i != model.text.pad_id])
+            for row in self.generate(model, batch).tolist()
         ]

@@ -82,4 +82,3 @@ class Contrastive(Task):
             order = sorted(range(len(row)), key=lambda j: -row[j])
             answers.append([{"index": j, "similarity": row[j], "probability": shares[j]} for j in order])
         return answers
-

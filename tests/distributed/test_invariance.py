@@ -166,4 +166,6 @@ def test_loss_and_gradients_are_those_of_one_process(scene_shards: Path, world_s
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_loss_and_gradients_of_every_case(scene_shards: Path, world_size: int) -> None:
-    check(scene_shards, world_size, ALL, timeout=1700)
+    # The last of one rank is all: a step without any usable sample, which the trainer passes over.
+    cases = [case for case in ALL if world_size > 1 or case.lacking != LAST_RANK_LACKS]
+    check(scene_shards, world_size, cases, timeout=1700)
