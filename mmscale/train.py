@@ -1,8 +1,8 @@
 """The training loop, read top to bottom: next batch, forward, backward, step, log, evaluate, save.
 
 `train(config)` runs one rank. It is the same function in one process, under torchrun and under Ray: who we are comes
-from the environment (see `mmscale.world`). Killed at any time and called again, it goes on from the newest checkpoint with
-the very next sample.
+from the environment (see `mmscale.world`). Killed at any time and called again, it goes on from the newest checkpoint
+with the very next sample.
 """
 
 from __future__ import annotations

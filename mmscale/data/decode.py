@@ -10,8 +10,8 @@ adds shard, key and field.
 
 import functools
 import io
-import re
 import math
+import re
 
 import numpy as np
 import simplejpeg
