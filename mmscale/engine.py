@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def load_deepspeed() -> Any:
     """
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch has renamed; a user can't help that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -188,16 +191,6 @@ class Engine:
             for one in leaves
         ]
         return loss.detach(), gradients
-
-    @property
-    def was_step_applied(self) -> bool:
-        """False where DeepSpeed skipped the optimizer because a gradient wasn't finite."""
-        return bool(self.deepspeed.was_step_applied())
-
-    def _clip_gradients(self) -> None:
-        """DeepSpeed's own clipping without ZeRO forgets the norm."""
-        limit = self.deepspeed.gradient_clipping()
-        self._clipped_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     @property
     def gradient_norm(self) -> float | None:
