@@ -130,7 +130,11 @@ def data_demo(arguments: argparse.Namespace) -> None:
     from mmscale.data.demo import make_demo
 
     info = make_demo(Path(arguments.out), seed=arguments.seed, source=arguments.source, limit=arguments.limit)
-    print(info)
+    print("already there" if info.cached else f"made of {info.source}")
+    for split, shards in info.shards.items():
+        counts = f"{info.num_samples[split]} samples of {info.num_concepts[split]} concepts"
+        print(f"{shards[0].parent}: {counts} in {len(shards)} shards")
+    print(f"{info.path / 'LICENSES.md'}: whose work it is")
 
 
 def data_index(arguments: argparse.Namespace) -> None:

@@ -192,6 +192,11 @@ class Engine:
         ]
         return loss.detach(), gradients
 
+    def _clip_gradients(self) -> None:
+        """DeepSpeed's own clipping without ZeRO forgets the norm."""
+        limit = self.deepspeed.gradient_clipping()
+        self._clipped_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
     @property
     def gradient_norm(self) -> float | None:
         """The global gradient norm of the last step, before clipping. Reading it synchronises the device.
