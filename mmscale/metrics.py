@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -174,7 +175,9 @@ class ProgressBar:
             self._bar = tqdm(
                 total=total,
                 file=self._stream,
-                dynamic_ncols=True,
+                # A terminal that doesn't know its size says 0, and tqdm would draw nothing.
+                ncols=os.get_terminal_size(self._stream.fileno()).columns or 100,
+                nrows=24,
                 bar_format=place + "  {desc}",
                 mininterval=0,
             )

@@ -128,6 +128,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
 
     def run_evaluation(at: int) -> None:
         resume = window.pause()
+        run.say(f"evaluating at step {at} on {', '.join(config.data.evals)}")
         for name, shards in config.data.evals.items():
             results = evaluate(engine.deepspeed, engine.model, tasks, shards, config=config, world=world)
             run.add_evaluation(at, name, results, writer)
