@@ -232,8 +232,6 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         run_evaluation(step)
     counts = world.gather(dict(stream.faults))
     stream.close()
-    if writer is not None:
-        writer.close()
     faults: dict[str, int] = {}
     for count in counts:
         for cause, number in count.items():
@@ -250,7 +248,10 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         "evaluations": run.evaluations(),
         "folder": str(run.folder),
     }
-    return world.gather(write_report(run, config, report) if world.rank == 0 else None)[0]
+    if writer is not None:
+        report = write_report(run, config, report, writer=writer)
+        writer.close()
+    return world.gather(report)[0]
 
 
 def _fields(config: Config, task: Task) -> list[str]:

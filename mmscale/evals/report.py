@@ -17,7 +17,7 @@ from mmscale.checkpoint import complete, load_model
 from mmscale.config import Config
 from mmscale.data import Field, ShardStream
 from mmscale.data.decode import decode_image
-from mmscale.metrics import clock_text
+from mmscale.metrics import Writer, clock_text
 from mmscale.models import Model
 from mmscale.runs import Run
 from mmscale.tasks.base import Metric
@@ -27,8 +27,11 @@ THUMBNAIL = 128  # pixels a side
 NUM_QUERIES, NUM_SHOWN = 6, 5
 
 
-def write_report(run: Run, config: Config, report: dict[str, Any]) -> dict[str, Any]:
-    """Writes the three files (rank 0 only) and returns the report with their paths; report.json, last, ends the run."""
+def write_report(run: Run, config: Config, report: dict[str, Any], *, writer: Writer) -> dict[str, Any]:
+    """Writes the three files (rank 0 only) and returns the report with their paths; report.json, last, ends the run.
+
+    The picture goes to TensorBoard too.
+    """
     files = {"report": "report.md", "metrics": "metrics.jsonl", "checkpoints": "checkpoints"}
     picture = None
     model, _ = load_model(complete(run.checkpoints)[-1])
@@ -36,6 +39,7 @@ def write_report(run: Run, config: Config, report: dict[str, Any]) -> dict[str, 
         picture = retrieval_picture(model, config, run.folder)
     if picture is not None:
         files["picture"] = "report.png"
+        writer.image("retrieval", np.asarray(Pillow.open(picture).convert("RGB")), report["step"])
     report = {**report, "files": {name: str(run.folder / path) for name, path in files.items()}}
     report["next"] = next_commands(run.folder, config)
     (run.folder / "report.md").write_text(to_markdown(report, config), encoding="utf-8")
