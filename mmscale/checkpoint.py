@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,8 @@ def save(
     if world.rank == 0 and error is None:
         try:
             save_file(weights, temporary / "model.safetensors")
+            tokenizer = engine.model.text.tokenizer.to_str(pretty=False)
+            (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
             (temporary / "config.json").write_text(config.to_json(), encoding="utf-8")
         except OSError as caught:
             error = caught
@@ -121,6 +124,17 @@ def save(
             error = caught
     _agree_on_write(world, error, temporary)
     return final
+
+
+def check_finite(losses: Mapping[str, float], step: int, lr: float, folder: Path) -> None:
+    """Raises UserError before a model that has come apart is saved over a good one."""
+    if all(map(math.isfinite, losses.values())):
+        return
+    saved = complete(folder)
+    raise UserError(
+        f"the loss is {losses['all']} by step {step}: lower optim.lr={lr:g} or look at the data; "
+        + (f"the newest checkpoint is {saved[-1]}" if saved else "nothing is saved yet")
+    )
 
 
 def complete(folder: Path) -> list[Path]:
@@ -244,7 +258,10 @@ def load_model(path: Path) -> tuple[Model, Config]:
         raise ConfigError(f"{path} is neither a run's folder nor a checkpoint: there is no {MANIFEST} in it")
     verify(path)
     config = load_config(path / "config.json")
-    model = model_for(config)
+    # Its own words, wherever the run's tokenizer has gone, and kernels that a CPU has too.
+    text = config.model.text.model_copy(update={"tokenizer": str(path / "tokenizer.json")})
+    own = config.model.model_copy(update={"text": text, "kernels": "auto"})
+    model = model_for(config.model_copy(update={"model": own}))
     model.load_state_dict(load_file(path / "model.safetensors"))
     return model.float().eval(), config
 

@@ -24,12 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         verb(arguments)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks raise what they agreed on
+        if not error.is_told_by_another:
             print(f"mmscale: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        kept = "; the same command goes on from the newest checkpoint" if verb in (train, launch) else ""
-        print(f"mmscale: interrupted{kept}", file=sys.stderr)
+        kept = "; the same command goes on from the newest checkpoint, if there is one"
+        print(f"mmscale: interrupted{kept if verb in (train, launch) else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -139,8 +139,9 @@ def data_demo(arguments: argparse.Namespace) -> None:
 
 def data_index(arguments: argparse.Namespace) -> None:
     from mmscale.data.index import build_index
+    from mmscale.data.stream import expand
 
-    for shard in arguments.shards:
+    for shard in expand(arguments.shards):
         print(f"{shard}: {len(build_index(shard))} samples")
 
 

@@ -152,6 +152,14 @@ class FieldConfig(Section):
     first: Fraction | None = None  # how often training takes the first of several texts; default: all evenly
     required: bool = True
 
+    @model_validator(mode="after")
+    def _fits(self) -> FieldConfig:
+        if self.modality == "label" and not self.required:
+            raise ValueError(
+                "a label tells which samples match, so it can't be missing: leave out required=false"
+            )
+        return self
+
     @field_validator("source")
     @classmethod
     def _names_members(cls, source: str) -> str:
@@ -471,6 +479,13 @@ def _task_problems(tree: Mapping[str, Any]) -> list[str]:
                 f"tasks.{name} reads the field {field}, which data.fields lacks; it has {', '.join(fields)}"
                 for field in TASKS[name]().fields
                 if field not in fields
+            ]
+            problems += [
+                f"tasks.{name} can't read data.fields.{field}, whose modality is {fields[field]['modality']}"
+                for field in TASKS[name]().fields
+                if isinstance(fields.get(field), dict)
+                and isinstance(fields[field].get("modality"), str)
+                and not TASKS[name]().accepts(field, fields[field]["modality"])
             ]
     return problems
 

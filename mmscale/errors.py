@@ -8,6 +8,7 @@ class UserError(ValueError):
     """A mistake that one clear message explains; shown without a traceback."""
 
     exit_code = 1
+    is_told_by_another = False  # of several ranks that agreed on the error, one shows it
 
 
 class ConfigError(UserError):

@@ -12,12 +12,14 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
+
+from mmscale.world import World
 
 Event = dict[str, Any]
 
@@ -69,6 +71,15 @@ class Window:
             self._start += self._clock() - begin
 
         return resume
+
+
+def mean_losses(pending: Sequence[tuple[str, torch.Tensor]], world: World) -> dict[str, float]:
+    """The mean loss over the steps since the last log: of all, and of each task."""
+    values = world.sum(torch.stack([loss for _, loss in pending]).tolist())
+    groups: dict[str, list[float]] = {"all": values}
+    for (name, _), value in zip(pending, values, strict=True):
+        groups.setdefault(name, []).append(value)
+    return {name: sum(group) / len(group) for name, group in groups.items()}
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from mmscale.config import AugmentConfig, Config
 from mmscale.data import Batch, Field, ShardStream
 from mmscale.data.augment import image_augment, spectrogram_augment
-from mmscale.data.batch import TensorBatch
+from mmscale.data.batch import TensorBatch, split_rows
 from mmscale.errors import ConfigError, DataError, UserError
 from mmscale.models import Model
+from mmscale.tasks import Task
 from mmscale.world import World
 
 
@@ -102,3 +104,43 @@ def eval_stream(
         threads=data.threads,
         prefetch=data.prefetch,
     )
+
+
+def check_world(config: Config, world: World) -> None:
+    """Raises ConfigError where the config asks what these ranks can't do."""
+    share = world.size * config.train.accumulation
+    if config.data.batch_size % share:
+        below = config.data.batch_size // share * share
+        nearest = f"{below} or {below + share}" if below else str(share)
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} can't be dealt evenly to {world.size} ranks of "
+            f"{config.train.accumulation} micro-batches: the nearest that can is {nearest}"
+        )
+    if (
+        config.model.kernels == "triton"
+        and world.device.type == "cpu"
+        and not os.environ.get("TRITON_INTERPRET")
+    ):
+        raise ConfigError(
+            "model.kernels=triton needs a GPU (or TRITON_INTERPRET=1, slowly); give auto or torch"
+        )
+
+
+def fields_of(config: Config, task: Task) -> list[str]:
+    """What a step of the task reads: its fields, and labels, which tell which samples match."""
+    labels = [name for name, field in config.data.fields.items() if field.modality == "label"]
+    return [*task.fields, *labels]
+
+
+def micro_batches(task: Task, batch: TensorBatch, num_parts: int) -> list[TensorBatch]:
+    """Equal parts of a batch, each with the rows that the task can use."""
+    parts = split_rows(batch, num_parts)
+    return [{**part, "usable": {"x": task.usable(part)}} for part in parts]
+
+
+def drop_complete(part: TensorBatch) -> TensorBatch:
+    """Without the list of usable rows where all are: then nothing needs to be selected."""
+    num_rows = len(next(iter(part.values()))["lengths"])
+    if len(part["usable"]["x"]) == num_rows:
+        return {name: field for name, field in part.items() if name != "usable"}
+    return part

@@ -136,7 +136,18 @@ def is_finished(folder: Path) -> bool:
 def _claim(config: Config) -> tuple[Path, TextIO]:
     first, resume = run_folder(config), config.run.resume
     folder, number = first, 1
-    while (folder / "config.json").is_file() and (is_finished(folder) or resume == "never"):
+    while True:
+        if not _is_taken(folder, resume):
+            if resume == "must" and not complete(folder / "checkpoints"):
+                finished = f"; {first} is finished" if is_finished(first) else ""
+                raise ConfigError(
+                    f"run.resume=must: there is no checkpoint to resume from in {folder}{finished}"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+            if not _is_taken(folder, resume):  # its last user may have finished while we waited
+                break
+            lock.close()
         if config.run.dir is not None:
             state = "a finished run" if is_finished(folder) else "a run, and run.resume=never"
             raise ConfigError(
@@ -144,14 +155,8 @@ def _claim(config: Config) -> tuple[Path, TextIO]:
             )
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
-    saved = complete(folder / "checkpoints")
-    if resume == "must" and not saved:
-        finished = f"; {first} is finished" if is_finished(first) else ""
-        raise ConfigError(f"run.resume=must: there is no checkpoint to resume from in {folder}{finished}")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
     try:
-        if saved:
+        if complete(folder / "checkpoints"):
             _check_same(folder, config)
         else:
             _start_over(folder, config)
@@ -159,6 +164,10 @@ def _claim(config: Config) -> tuple[Path, TextIO]:
         lock.close()
         raise
     return folder, lock
+
+
+def _is_taken(folder: Path, resume: str) -> bool:
+    return (folder / "config.json").is_file() and (is_finished(folder) or resume == "never")
 
 
 def _check_same(folder: Path, config: Config) -> None:

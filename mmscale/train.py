@@ -7,8 +7,8 @@ with the very next sample.
 
 from __future__ import annotations
 
-import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +16,16 @@ import torch
 
 from mmscale import checkpoint
 from mmscale.config import Config, parse_duration
-from mmscale.data.batch import TensorBatch, split_rows, to_device
+from mmscale.data.batch import to_device
 from mmscale.engine import Engine
 from mmscale.errors import ConfigError, Preempted, UserError
 from mmscale.evals.evaluate import evaluate
 from mmscale.evals.report import write_report
-from mmscale.metrics import Event, Window, Writer, peak_memory_gib
+from mmscale.metrics import Event, Window, Writer, mean_losses, peak_memory_gib
 from mmscale.optim import learning_rate
-from mmscale.pipeline import train_stream
+from mmscale.pipeline import check_world, drop_complete, eval_stream, fields_of, micro_batches, train_stream
 from mmscale.runs import Run, StopRequest, open_run
-from mmscale.tasks import TASKS, Task, model_for, schedule
+from mmscale.tasks import TASKS, model_for, schedule
 from mmscale.world import World, close_world, init_world
 
 
@@ -39,17 +39,17 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> di
     run: Run | None = None
     stop = StopRequest()
     try:
-        _check_world(config, world)
+        check_world(config, world)
         run = open_run(config, world)
         run.emit = on_event if on_event is not None and world.rank == 0 else run.emit
         run.emit({"event": "start", "folder": str(run.folder.absolute())})
         report = _train(config, world, run, stop)
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno:  # the disk, mostly, and a full one doesn't say which
+            error = UserError(f"{error.filename or (run and run.folder)}: {error.strerror}")
         if run is not None:
-            if isinstance(error, OSError) and error.errno and error.filename is None:
-                error.filename = str(run.folder)  # a full disk doesn't say which
             run.record(error)
-        raise
+        raise error from None if isinstance(error, UserError) else error.__cause__
     else:
         run.log(f"finished at step {report['step']}")
         return report
@@ -60,23 +60,19 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> di
         close_world()
 
 
-def _check_world(config: Config, world: World) -> None:
-    share = world.size * config.train.accumulation
-    if config.data.batch_size % share:
-        below = config.data.batch_size // share * share
-        nearest = f"{below} or {below + share}" if below else str(share)
-        raise ConfigError(
-            f"data.batch_size={config.data.batch_size} can't be dealt evenly to {world.size} ranks of "
-            f"{config.train.accumulation} micro-batches: the nearest that can is {nearest}"
-        )
-
-
 def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[str, Any]:
-    model = model_for(config)
     tasks = {name: TASKS[name]() for name, weight in config.tasks.items() if weight > 0}
-    stream = train_stream(
-        config, model, world, select=lambda step: _fields(config, tasks[schedule(config.tasks, step)])
-    )
+    error: Exception | None = None
+    try:
+        model = model_for(config)
+        stream = train_stream(
+            config, model, world, select=lambda step: fields_of(config, tasks[schedule(config.tasks, step)])
+        )
+        for shards in config.data.evals.values():  # now rather than when the training is done
+            eval_stream(config, model, world, shards, names=()).close()
+    except Exception as caught:
+        error = caught
+    world.agree(error)
 
     def duration(text: str, total: int | None = None) -> Any:
         return parse_duration(
@@ -108,11 +104,20 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         accumulation=num_parts,
         universal=universal,
     )
-    step, before_s = 0, 0.0
+    step, before_s, skipped = 0, 0.0, 0
+    faults: Counter[str] = Counter()  # before this start, by all ranks
+    last_saved: int | None = None
     if found is not None:
         checkpoint.load(engine, found, universal=universal)
-        stream.load_state_dict(found.manifest["state"]["stream"])
-        step, before_s = found.step, found.manifest["state"]["seconds"]
+        state = found.manifest["state"]
+        step, before_s, skipped, faults = (
+            found.step,
+            state["seconds"],
+            state["skipped"],
+            Counter(state["faults"]),
+        )
+        last_saved = step
+        stream.load_state_dict(state["stream"])
         run.say(f"resumed at step {step} from {found.path}")
     else:
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -125,6 +130,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
     writer = Writer(run.folder, resume_step=step) if world.rank == 0 else None
 
     window = Window(before_s=before_s)
+    pending: list[tuple[str, torch.Tensor]] = []  # the losses since the last log, on the device
 
     def run_evaluation(at: int) -> None:
         resume = window.pause()
@@ -134,20 +140,30 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
             run.add_evaluation(at, name, results, writer)
         resume()
 
+    def all_faults() -> Counter[str]:
+        return sum(world.gather(stream.faults), faults)
+
     def save(at: int) -> None:
+        nonlocal last_saved
         resume = window.pause()
-        state = {"stream": stream.state_dict(), "seconds": window.total_s}
+        if pending:
+            checkpoint.check_finite(mean_losses(pending, world), at, config.optim.lr, run.checkpoints)
+        state = {
+            "stream": stream.state_dict(),
+            "seconds": window.total_s,
+            "skipped": skipped,
+            "faults": all_faults(),
+        }
         path = checkpoint.save(
             engine, run.checkpoints, step=at, state=state, config=config, keep=config.train.keep_checkpoints
         )
         run.emit({"event": "save", "step": at, "path": str(path)})
+        last_saved = at
         resume()
 
     if step == 0 and config.data.evals:
         run_evaluation(0)
     last_save = time.monotonic()
-    pending: list[tuple[str, torch.Tensor]] = []
-    skipped = 0
     batches = iter(stream)
     at_end = step == total_steps
 
@@ -162,7 +178,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         wait = time.perf_counter() - begin
         name = schedule(config.tasks, step)
         task = tasks[name]
-        parts = _micro_batches(task, batch.tensors, num_parts) if batch is not None else []
+        parts = micro_batches(task, batch.tensors, num_parts) if batch is not None else []
         rows = sum(len(part["usable"]["x"]) for part in parts)
         weight = 1.0 if task.coupled else sum(task.weight(part) for part in parts)
         tokens = sum(model.modality(field).num_tokens(part[field]) for part in parts for field in task.fields)
@@ -180,7 +196,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         rate = learning_rate(config.optim, step, warmup_steps=warmup, total_steps=total_steps)
         if all_rows:
             engine.set_learning_rate(rate)
-            on_device = [to_device(_drop_complete(part), world.device) for part in parts]
+            on_device = [to_device(drop_complete(part), world.device) for part in parts]
             pending.append((name, engine.train_step(task, on_device, weight=all_weight)))
         else:
             skipped += 1
@@ -190,7 +206,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
 
         # Log: the one place where the device is waited for.
         if pending and (step % config.train.log_every == 0 or at_end or stopped):
-            losses = _mean_losses(pending, world)
+            losses = mean_losses(pending, world)
             rates = window.close()
             pending.clear()
             line = {
@@ -211,11 +227,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
                 writer.log(line)
             eta = (total_steps - step) * rates["step_s"] if total_steps is not None else None
             run.emit({"event": "log", "total_steps": total_steps, "eta_s": eta, **line})
-            if not all(map(math.isfinite, losses.values())):
-                raise UserError(
-                    f"the loss is {line['loss']} by step {step}: lower optim.lr={config.optim.lr:g} or look at the "
-                    f"data; checkpoints before step {step - config.train.log_every} are good"
-                )
+            checkpoint.check_finite(losses, step, config.optim.lr, run.checkpoints)
 
         # Evaluate, save, stop.
         if eval_every is not None and step % eval_every.steps == 0 and not at_end:
@@ -226,16 +238,10 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         if stopped and not at_end:
             raise Preempted(f"stopped at step {step}, saved; the same command goes on from there")
 
-    if not any(path.name == f"step-{step:08d}" for path in checkpoint.complete(run.checkpoints)):
+    if last_saved != step:
         save(step)
     if config.data.evals:
         run_evaluation(step)
-    counts = world.gather(dict(stream.faults))
-    stream.close()
-    faults: dict[str, int] = {}
-    for count in counts:
-        for cause, number in count.items():
-            faults[cause] = faults.get(cause, 0) + number
     report = {
         "step": step,
         "samples": step * config.data.batch_size,
@@ -244,39 +250,16 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         "world_size": world.size,
         "device": world.device.type,
         "steps_without_usable_samples": skipped,
-        "substituted_samples": faults,
+        "substituted_samples": all_faults(),
         "evaluations": run.evaluations(),
         "folder": str(run.folder),
     }
+    stream.close()
     if writer is not None:
-        report = write_report(run, config, report, writer=writer)
-        writer.close()
+        try:
+            report = write_report(run, config, report, writer=writer)
+            writer.close()
+        except Exception as caught:
+            error = caught
+    world.agree(error)
     return world.gather(report)[0]
-
-
-def _fields(config: Config, task: Task) -> list[str]:
-    """What a step of the task reads: its fields, and labels, which tell which samples match."""
-    labels = [name for name, field in config.data.fields.items() if field.modality == "label"]
-    return [*task.fields, *labels]
-
-
-def _micro_batches(task: Task, batch: TensorBatch, num_parts: int) -> list[TensorBatch]:
-    parts = split_rows(batch, num_parts)
-    return [{**part, "usable": {"x": task.usable(part)}} for part in parts]
-
-
-def _drop_complete(part: TensorBatch) -> TensorBatch:
-    """Without the list of usable rows where all are: then nothing needs to be selected."""
-    num_rows = len(next(iter(part.values()))["lengths"])
-    if len(part["usable"]["x"]) == num_rows:
-        return {name: field for name, field in part.items() if name != "usable"}
-    return part
-
-
-def _mean_losses(pending: list[tuple[str, torch.Tensor]], world: World) -> dict[str, float]:
-    """The mean loss over the steps since the last log: of all, and of each task."""
-    values = world.sum(torch.stack([loss for _, loss in pending]).tolist())
-    groups: dict[str, list[float]] = {"all": values}
-    for (name, _), value in zip(pending, values, strict=True):
-        groups.setdefault(name, []).append(value)
-    return {name: sum(group) / len(group) for name, group in groups.items()}

@@ -61,7 +61,9 @@ class World:
             if error is not None and rank == self.rank:
                 raise error
             if issubclass(kind, UserError):
-                raise kind(message)
+                told = kind(message)
+                told.is_told_by_another = True
+                raise told
             raise RuntimeError(f"rank {rank} failed: {kind.__name__}: {message}")
 
     def barrier(self) -> None:
@@ -90,11 +92,11 @@ def init_world(*, device: str = "auto", threads: int | None = None, timeout: flo
             "start fewer workers a node"
         )
     place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     if on_cuda:
         torch.cuda.set_device(place)
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        _set("DS_ACCELERATOR", "cpu")
     if "MASTER_ADDR" not in os.environ:
         if size > 1:
             raise ConfigError(

@@ -116,6 +116,8 @@ def rewritten(shards: Path, out: Path, change: Callable[[str, bytes], bytes | No
             "the configuration has a problem:\n  engine.zero_stage=5: input should be 0,",
         ),
         ("train quickstart a=1 b=2", "the configuration has 2 problems:\n  a: no such field"),
+        ("data demo out --limit 1", "limit is 1; it must be 2 or more"),
+        ("train quickstart model.kernels=triton run.device=cpu", "model.kernels=triton needs a GPU"),
         ("eval nowhere --data x", "nowhere: there is no such run or checkpoint"),
         ("predict nowhere --task caption", "nowhere: there is no such run or checkpoint"),
         ("eval . --data x", ". is neither a run's folder nor a checkpoint"),
@@ -460,7 +462,9 @@ def test_sigterm_saves_and_ctrl_c_leaves_what_was_saved(endless: list[str], tmp_
     assert code == 130
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]
-    assert last == "mmscale: interrupted; the same command goes on from the newest checkpoint"
+    assert (
+        last == "mmscale: interrupted; the same command goes on from the newest checkpoint, if there is one"
+    )
     newest = checkpoint.complete(tmp_path / "runs" / "tiny" / "checkpoints")[-1]
     assert checkpoint.verify(newest).step >= step
 

@@ -169,6 +169,26 @@ def test_a_task_names_the_fields_that_it_lacks() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        (
+            "data.fields.image.modality=label",
+            "tasks.caption can't read data.fields.image, whose modality is label",
+        ),
+        (
+            "data.fields.text.modality=image",
+            "tasks.caption can't read data.fields.text, whose modality is image",
+        ),
+        ("data.fields.concept.required=false", "data.fields.concept: a label tells which samples match"),
+    ],
+)
+def test_a_field_has_the_modality_that_its_tasks_read(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        get("quickstart").override(assignment)
+    assert message in str(caught.value)
+
+
 def test_a_timed_run_names_every_share_of_it() -> None:
     found = problems("train.duration=30m", "train.eval_every=10%")
     assert [line.split(" is ")[0] for line in found] == [

@@ -221,3 +221,12 @@ def wait_for(condition: Any, *, timeout: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it didn't happen in time"
         time.sleep(0.05)
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=r"can't join a Ray cluster at 127\.0\.0\.1:1"):
+        launch(make_config(tmp_path), address="127.0.0.1:1")
+    with pytest.raises(ConfigError, match="give auto, HOST:PORT or ray://HOST:PORT"):
+        launch(make_config(tmp_path), address="nowhere")
+    assert time.monotonic() - begin < 10

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import tarfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from tiny_run import run_config
 
 from mmscale import checkpoint
 from mmscale.config import load_config
-from mmscale.errors import ConfigError, Preempted
+from mmscale.errors import ConfigError, Preempted, UserError
 from mmscale.metrics import Event
+from mmscale.pipeline import check_world
 from mmscale.runs import run_folder
 from mmscale.tasks import schedule
-from mmscale.train import _check_world, train
+from mmscale.train import train
 from mmscale.world import World
 
 STEPS = 40
@@ -225,4 +228,110 @@ def test_a_batch_that_the_ranks_cannot_share_names_the_nearest(scene_shards: Pat
     with pytest.raises(
         ConfigError, match=r"data.batch_size=8 can't be dealt .* 3 ranks .*: the nearest that can is 6 or 9"
     ):
-        _check_world(run_config(scene_shards), world)
+        check_world(run_config(scene_shards), world)
+
+
+def test_a_damaged_last_checkpoint_is_written_again(scene_shards: Path, tmp_path: Path) -> None:
+    config = run_config(scene_shards, f"run.dir={tmp_path / 'run'}", "data.evals={}", "run.resume=auto")
+    train(config)
+    run = tmp_path / "run"
+    (run / "report.json").unlink()
+    weights = run / "checkpoints" / "step-00000006" / "model.safetensors"
+    good = {name: value.clone() for name, value in load_file(weights).items()}  # it maps the file
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert train(config)["step"] == 6
+    again = load_file(weights)
+    assert all(torch.equal(good[name], again[name]) for name in good)
+
+
+def test_a_model_that_comes_apart_is_not_saved(scene_shards: Path, tmp_path: Path) -> None:
+    config = run_config(
+        scene_shards,
+        f"run.dir={tmp_path / 'run'}",
+        "data.evals={}",
+        "optim.lr=1e30",
+        "optim.warmup=0",
+        "train.duration=20",
+        "train.log_every=20",
+        "train.save_every=1",
+        "train.keep_checkpoints=20",
+    )
+    with pytest.raises(UserError, match=r"the loss is nan by step \d+: lower optim.lr=1e\+30"):
+        train(config)
+    for path in checkpoint.complete(tmp_path / "run" / "checkpoints"):
+        weights = load_file(path / "model.safetensors")
+        assert all(value.isfinite().all() for value in weights.values()), path
+
+
+def test_a_checkpoint_brings_its_own_words(scene_shards: Path, tmp_path: Path) -> None:
+    words = tmp_path / "tokenizer.json"
+    words.write_bytes((scene_shards / "tokenizer.json").read_bytes())
+    config = run_config(
+        scene_shards, f"run.dir={tmp_path / 'run'}", "data.evals={}", f"model.text.tokenizer={words}"
+    )
+    train(config)
+    words.unlink()
+    model, _ = checkpoint.load_model(tmp_path / "run")
+    assert model.text.num_ids > 3
+
+
+def test_counts_of_a_run_survive_its_interruption(scene_shards: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "train"
+    shards.mkdir()
+    damage_pictures(next((scene_shards / "train").glob("*.tar")), shards / "train-000000.tar", every=4)
+    changes = [
+        f"data.train={shards}",
+        "data.evals={}",
+        "data.on_error=substitute",
+        "data.error_budget=1",
+        'tasks={"image_text": 1.0}',
+        "train.duration=12",
+        "train.save_every=4",
+    ]
+    whole = train(run_config(scene_shards, f"run.dir={tmp_path / 'whole'}", *changes))
+    assert sum(whole["substituted_samples"].values()) > 3
+    cut = run_config(scene_shards, f"run.dir={tmp_path / 'cut'}", *changes)
+
+    def interrupt(event: Event) -> None:
+        if event["event"] == "log" and event["step"] == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, interrupt)
+    assert train(cut)["substituted_samples"] == whole["substituted_samples"]
+
+
+def test_unreadable_samples_are_left_out_of_an_evaluation(scene_shards: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "test"
+    shards.mkdir()
+    damage_pictures(next((scene_shards / "test-style").glob("*.tar")), shards / "test-000000.tar", every=5)
+    report = train(
+        run_config(
+            scene_shards,
+            f"run.dir={tmp_path / 'run'}",
+            f'data.evals={{"damaged": "{shards}"}}',
+            "data.on_error=substitute",
+            "data.error_budget=1",
+            'tasks={"image_text": 1.0}',
+            "train.duration=2",
+        )
+    )
+    scores = report["evaluations"][-1]["tasks"]["image_text"]
+    with tarfile.open(shards / "test-000000.tar") as tar:
+        num_pictures = sum(name.endswith("jpg") for name in tar.getnames())
+    num_damaged = -(-num_pictures // 5)
+    assert scores["unreadable samples, left out"]["value"] == num_damaged
+    assert scores["candidates"]["value"] <= num_pictures - num_damaged
+
+
+def damage_pictures(source: Path, target: Path, *, every: int) -> None:
+    """Copies a shard with each so-many-th picture replaced by bytes that are none."""
+    count = 0
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        for member in old:
+            data = old.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name.endswith("jpg"):
+                data = b"no picture" if count % every == 0 else data
+                count += 1
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))

@@ -13,9 +13,9 @@ from pathlib import Path
 from mmscale.config import Config
 from mmscale.data.batch import TensorBatch
 from mmscale.engine import Engine
+from mmscale.pipeline import drop_complete, micro_batches
 from mmscale.recipes import get
 from mmscale.tasks import Task, model_for
-from mmscale.train import _drop_complete, _micro_batches
 from mmscale.world import World, init_world
 
 
@@ -66,8 +66,8 @@ def make_engine(config: Config, world: World) -> Engine:
 
 def run_step(engine: Engine, task: Task, batch: TensorBatch, *, step: bool = True) -> float:
     """One training step on this rank's part of a batch, as the trainer does it; the global loss."""
-    parts = _micro_batches(task, batch, engine.accumulation)
+    parts = micro_batches(task, batch, engine.accumulation)
     weight = 1.0 if task.coupled else sum(task.weight(part) for part in parts)
     [weight] = engine.world.sum([weight])
-    loss = engine.train_step(task, [_drop_complete(part) for part in parts], weight=weight, step=step)
+    loss = engine.train_step(task, [drop_complete(part) for part in parts], weight=weight, step=step)
     return engine.world.sum([loss.item()])[0]

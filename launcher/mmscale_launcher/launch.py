@@ -32,6 +32,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 CPU_WORKERS = 2  # on a node without GPUs, unless launch.workers_per_node says otherwise
 PLACEMENT_TIMEOUT = 30.0  # seconds a cluster gets to make room
 START_TIMEOUT = 120.0  # seconds the processes get to start, environment included
+REACH_TIMEOUT = 5.0  # seconds a cluster gets to answer at all
 SAVE_TIMEOUT = 120.0  # seconds the ranks get to save and stop
 GRACE = 1.0  # seconds in which the other ranks may tell the cause of a failure, after its first sign
 POLL = 0.3  # seconds between looks at the reporter
@@ -137,7 +139,20 @@ def _connected(config: Config, address: str | None, emit: OnEvent) -> Iterator[_
                     ray.shutdown()
 
 
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes to reach a cluster that isn't there, and says so in its own words."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"address={address}: give auto, HOST:PORT or ray://HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_TIMEOUT).close()
+    except OSError as error:
+        raise ConfigError(f"can't join a Ray cluster at {address}: {error.strerror or error}") from None
+
+
 def _join(address: str) -> None:
+    if address != "auto":
+        _check_reachable(address)
     packages = [importlib.util.find_spec(name) for name in ("mmscale", "mmscale_kernels", "mmscale_launcher")]
     folders = [
         spec.submodule_search_locations[0] for spec in packages if spec and spec.submodule_search_locations
@@ -630,6 +645,7 @@ def _unpickled(outcome: Outcome) -> UserError:
     except Exception:  # a class of the user's own, say, that this process can't import
         error = UserError(outcome.title)
     assert isinstance(error, UserError)
+    error.is_told_by_another = False  # whichever rank's it is, here it is the only one
     return error
 
 

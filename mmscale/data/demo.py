@@ -44,7 +44,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from mmscale.data.pack import DemoInfo, Plan, Render, build, find_built
 from mmscale.data.scenes import IMAGE_SIZE, SAMPLE_RATE, encode_facts, encode_flac, encode_jpeg, scenes_plan
-from mmscale.errors import UserError
+from mmscale.errors import ConfigError, UserError
 
 _VERSION = 1  # of what this file makes; part of every request, so that a change makes the data anew
 
@@ -166,7 +166,7 @@ def make_demo(
     if source not in ("auto", "emoji", "scenes"):
         raise ValueError(f"source is {source!r}; it must be 'auto', 'emoji' or 'scenes'")
     if limit is not None and limit < 2:
-        raise ValueError(f"limit is {limit}; it must be 2 or more, one concept to train on and one held out")
+        raise ConfigError(f"limit is {limit}; it must be 2 or more, one concept to train on and one held out")
     out = Path(out)
     request = {"generator": "demo", "version": _VERSION, "seed": seed, "source": source, "limit": limit}
     found = find_built(out, request)

@@ -78,7 +78,8 @@ class Batch:
     """This rank's part of one global batch; `batch["txt"]` is the list of that field's values, one a row.
 
     A value is None where the record lacks the field. `len(batch)` is the number of rows, `batch.names` the
-    fields that this step has. `valid` is False for the rows that only fill up a last batch (remainder="pad").
+    fields that this step has. `valid` is False for the rows that only fill up a last batch (remainder="pad"),
+    and, with train=False, for those whose sample can't be read and has another in its place.
     `position` is the number of samples that all ranks have consumed, since the start, when this batch is done
     (without such fillers). `tensors` is what the stream's `transform` made of the batch.
     """
@@ -183,7 +184,7 @@ class ShardStream:
                 f"batch_size {batch_size} can't be shared equally by world_size {world_size} ranks: "
                 f"the nearest that can is {nearest}"
             )
-        shards = _Shards(_expand(urls))
+        shards = _Shards(expand(urls))
         self.num_samples = shards.num_samples
         if remainder == "drop":
             self.steps_per_epoch = self.num_samples // batch_size
@@ -415,7 +416,8 @@ class _SampleError(DataError):
         return error
 
 
-def _expand(urls: str | Path | Sequence[str | Path]) -> list[Path]:
+def expand(urls: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that `urls` of a ShardStream names, in order. Raises ValueError and DataError as it does."""
     items = [urls] if isinstance(urls, str | os.PathLike) else list(urls)
     if not items:
         raise ValueError("urls names no shards")
@@ -663,6 +665,8 @@ class _Assembler:
             return self._read_row(samples[row], first_slot + row, names)
 
         results = helpers.map(read_row, len(samples))
+        if not self.train:  # a stand-in may train a model, but its score would count twice
+            valid &= np.array([not errors for _, _, errors in results])
         batch = Batch(
             sample_keys=[key for key, _, _ in results],
             columns={name: [values.get(name) for _, values, _ in results] for name in names},

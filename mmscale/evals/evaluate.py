@@ -38,8 +38,12 @@ def evaluate(
     results = {}
     for name, task in tasks.items():
         limit = config.evals.num_generated if task.generates else None
-        scores = _scores(forward, model, task, shards, config=config, world=world, limit=limit)
+        scores, num_unreadable = _scores(
+            forward, model, task, shards, config=config, world=world, limit=limit
+        )
         results[name] = task.metrics(scores, num_candidates=config.evals.num_candidates)
+        if num_unreadable:
+            results[name]["unreadable samples, left out"] = Metric(float(num_unreadable))
     model.train()
     return results
 
@@ -53,7 +57,7 @@ def _scores(
     config: Config,
     world: World,
     limit: int | None,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], int]:
     names = [*task.fields, *(name for name, f in config.data.fields.items() if f.modality == "label")]
     stream = eval_stream(config, model, world, shards, names=names)
     batches: list[dict[str, Tensor]] = []
@@ -70,10 +74,11 @@ def _scores(
             break
         scores = forward(task.score, to_device(batch.tensors, world.device))
         batches.append({**{k: v.cpu() for k, v in scores.items()}, "valid": torch.from_numpy(batch.valid)})
-        seen += config.evals.batch_size
+        seen += len(batch) * world.size
     stream.close()
     gathered = {
         key: world.gather_rows(torch.stack([one[key] for one in batches])).flatten(0, 2) for key in batches[0]
     }
     valid = gathered.pop("valid")
-    return {key: value[valid][:limit] for key, value in gathered.items()}
+    num_unreadable = min(stream.num_samples, seen) - int(valid.sum())
+    return {key: value[valid][:limit] for key, value in gathered.items()}, num_unreadable

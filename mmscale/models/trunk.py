@@ -70,7 +70,12 @@ class Attention(nn.Module):
         self.register_buffer("normed", (heads < 2).view(-1, 1), persistent=False)
 
     def forward(
-        self, x: Tensor, offsets: tuple[int, ...], lengths: Tensor, causal: tuple[bool, ...], kinds: Tensor
+        self,
+        x: Tensor,
+        offsets: tuple[int, ...],
+        lengths: Tensor,
+        causal: tuple[bool, ...],
+        kinds: tuple[int, ...],
     ) -> Tensor:
         batch, tokens, width = x.shape
         buffer = self.qkv(x).view(batch, tokens, -1, self.head_dim)
@@ -84,7 +89,7 @@ class Attention(nn.Module):
             offsets=offsets,
             lengths=lengths,
             causal=causal,
-            gates=self.gates.index_select(0, kinds) if len(offsets) > 1 else None,
+            gates=torch.stack([self.gates[kind] for kind in kinds]) if len(offsets) > 1 else None,
             backend=self.backend,
         )
         return self.out(y.reshape(batch, tokens, width))
@@ -105,7 +110,12 @@ class Block(nn.Module):
         self.down = _linear(hidden, width, bias=True, scale=scale)
 
     def forward(
-        self, x: Tensor, offsets: tuple[int, ...], lengths: Tensor, causal: tuple[bool, ...], kinds: Tensor
+        self,
+        x: Tensor,
+        offsets: tuple[int, ...],
+        lengths: Tensor,
+        causal: tuple[bool, ...],
+        kinds: tuple[int, ...],
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), offsets, lengths, causal, kinds)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
@@ -142,7 +152,7 @@ class Trunk(nn.Module):
         else:
             x = torch.cat([t.x for t in segments], 1)  # the one time that the buffer is laid out
             lengths = torch.stack([t.lengths for t in segments], 1)
-        kinds = torch.tensor([KINDS.index(t.kind) for t in segments], device=x.device)
+        kinds = tuple(KINDS.index(t.kind) for t in segments)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, offsets, lengths, causal, kinds, use_reentrant=False)

@@ -19,7 +19,7 @@ class Caption(Task):
     generates: ClassVar[bool] = True
 
     def __init__(self, name: str, image: str, text: str) -> None:
-        super().__init__(name, (image, text))
+        super().__init__(name, (image, text), kinds=("image", "text"))
         self.image, self.text = image, text
 
     def weight(self, batch: Batch) -> float:

@@ -27,12 +27,12 @@ SMALL = [
 ]
 
 
-def start(folder: Path, shards: Path, name: str) -> subprocess.Popen[str]:
+def start(folder: Path, shards: Path, name: str, *more: str) -> subprocess.Popen[str]:
     link = folder / "demo-data"
     if not link.exists():
         link.symlink_to(shards)
     return subprocess.Popen(
-        [str(MMSCALE), "launch", "quickstart", f"run.name={name}", *SMALL],
+        [str(MMSCALE), "launch", "quickstart", f"run.name={name}", *SMALL, *more],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -100,3 +100,26 @@ def test_sigterm_saves_and_the_same_command_goes_on(scene_shards: Path, tmp_path
     assert second.returncode == 0, said
     assert sorted(losses(run)) == list(range(1, 61))
     assert "resumed at step" in said
+
+
+@pytest.mark.parametrize("size", ["64k", "2m"])
+def test_a_full_disk_ends_in_one_message(scene_shards: Path, tmp_path: Path, size: str):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        process = start(tmp_path, scene_shards, "full", f"run.dir={disk / 'run'}")
+        _, said = process.communicate(timeout=120)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert process.returncode == 1, said
+    assert "Traceback" not in said
+    assert "restarting" not in said
+    last = said.splitlines()[-1]
+    assert last.startswith("mmscale: ")
+    assert str(disk) in last
+    assert "space left" in last or "MiB are free" in last
