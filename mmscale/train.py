@@ -165,7 +165,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         run_evaluation(0)
     last_save = time.monotonic()
     batches = iter(stream)
-    at_end = step == total_steps
+    at_end = step == total_steps or (limit.seconds is not None and before_s >= limit.seconds)
 
     while not at_end:
         # Next batch. One small host-side sum tells every rank what it must know to do the same as the others.
