@@ -48,3 +48,25 @@ def test_launch_quickstart(scene_shards: Path, tmp_path: Path):
     assert (run / "checkpoints" / "step-00000006" / "model.safetensors").is_file()
     for word in ("samples/s", "data wait", "ETA"):
         assert word in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_ray_and_torchrun_compute_the_same_bit_for_bit(scene_shards: Path, tmp_path: Path):
+    (tmp_path / "demo-data").symlink_to(scene_shards)
+    bin_folder = Path(sys.executable).parent
+    train = ["quickstart", *SMALL, "train.duration=20", "train.log_every=1", "data.evals={}"]
+    torchrun = [f"{bin_folder}/torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    for command in (
+        [f"{bin_folder}/mmscale", "launch", *train, "run.name=ray"],
+        [*torchrun, f"{bin_folder}/mmscale", "train", *train, "run.name=torchrun"],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / "runs" / name / "metrics.jsonl").open()]
+        for name in ("ray", "torchrun")
+    ]
+    assert len(losses[0]) == 20
+    assert losses[0] == losses[1]
