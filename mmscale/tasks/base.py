@@ -31,14 +31,15 @@ class Task(ABC):
         False  # whether scoring generates, which is slow: fewer samples are scored then
     )
 
-    def __init__(self, name: str, fields: tuple[str, ...], *, kinds: tuple[str | None, ...]) -> None:
+    def __init__(self, name: str, fields: tuple[str, ...], *, kinds: tuple[str, ...] | None = None) -> None:
         """kinds: the modality that each field must have; None for any that makes tokens."""
         self.name, self.fields, self.kinds = name, fields, kinds
 
     def accepts(self, field: str, modality: str) -> bool:
         """Whether the task can read a field of that modality."""
-        kind = self.kinds[self.fields.index(field)]
-        return modality != "label" if kind is None else modality == kind
+        if self.kinds is None:
+            return modality != "label"
+        return modality == self.kinds[self.fields.index(field)]
 
     def usable(self, batch: Batch) -> Tensor:
         """The rows (int64) of a batch on the CPU that have all the task's fields."""

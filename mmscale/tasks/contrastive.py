@@ -21,7 +21,7 @@ class Contrastive(Task):
     coupled: ClassVar[bool] = True
 
     def __init__(self, name: str, x: str, y: str, *, label: str | None = None) -> None:
-        super().__init__(name, (x, y), kinds=(None, None))
+        super().__init__(name, (x, y))
         self.x, self.y, self.label = x, y, label
 
     def embed(self, model: Model, batch: Batch) -> dict[str, Tensor]:
