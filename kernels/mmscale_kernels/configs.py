@@ -1,6 +1,6 @@
 """Launch configurations of the Triton kernels: block sizes, warps and pipeline stages, from shipped tables.
 
-One JSON file a family of kernels lies in `configs/`. It holds, for each kernel and shape class, the candidates that a
+One JSON file a family of kernels lies in `tables/`. It holds, for each kernel and shape class, the candidates that a
 tuner may pick from, and the choice for each device it was tuned on::
 
     {"attention_forward": {"half d64": {"candidates": [{"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}, ...],
@@ -52,7 +52,7 @@ def device_key(device: torch.device) -> str:
 @functools.cache
 def table(family: str) -> dict[str, dict[str, dict[str, Any]]]:
     """The shipped table of a family of kernels: kernel -> shape class -> candidates, default and devices."""
-    text = resources.files(__package__).joinpath("configs", f"{family}.json").read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath("tables", f"{family}.json").read_text(encoding="utf-8")
     loaded: dict[str, dict[str, dict[str, Any]]] = json.loads(text)
     return loaded
 
