@@ -19,14 +19,16 @@ The trade-off: masks are ranges (lengths, starts, causal), so padding costs noth
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cpu_attention as cpu
 from . import tiled_attention as tiled
 from .dispatch import Decision, choose, register_decision
 
@@ -135,23 +137,14 @@ def _decide(
     _check_options(softmax, dropout_p, seed, return_mass)
     seeds = _seeds(query, seed) if dropout_p > 0 else None
     _check(query, sources, query_lengths, seeds)
-    num_joint = len(sources) if softmax == "joint" else 1
-    has_bias = any(source.bias is not None for source in sources)
-    return _choose(query, num_joint, has_bias, dropout_p, backend)
+    return _choose(query, len(sources) if softmax == "joint" else 1, backend)
 
 
 register_decision(cross_modal_attention, _decide)
 
 
-def _choose(query: Tensor, num_joint: int, has_bias: bool, dropout_p: float, backend: str | None) -> Decision:
-    refusal = tiled.triton_refusal(query)
-    if num_joint > 1:
-        refusal = f"the kernels take one source at a time, and {num_joint} share a softmax"
-    elif has_bias:
-        refusal = "the kernels take no bias"
-    elif dropout_p > 0:
-        refusal = "the kernels have no dropout"
-    return choose("cross_modal_attention", backend, query.device, refusal)
+def _choose(query: Tensor, num_joint: int, backend: str | None) -> Decision:
+    return choose("cross_modal_attention", backend, query.device, tiled.triton_refusal(query, num_joint))
 
 
 def _run(
@@ -176,25 +169,17 @@ def _run(
             index.append(-1 if tensor is None else len(tensors))
             if tensor is not None:
                 tensors.append(tensor)
-    out, source_lse = _attention(
-        query,
-        [source.key for source in sources],
-        [source.value for source in sources],
-        *flat,
-        index,
-        [source.causal for source in sources],
-        query_lengths,
-        scale,
-        dropout_p,
-        seeds,
-        place,
-        backend or "",
-    )
-    return out, source_lse
+    keys, values = [source.key for source in sources], [source.value for source in sources]
+    table = (index, [source.causal for source in sources], query_lengths, scale, dropout_p, seeds, place)
+    lists = (keys, values, *flat)
+    if not cpu.is_direct(together := [query, *(tensor for tensors in lists for tensor in tensors)]):
+        return _attention(query, *lists, *table, backend or "")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in together):
+        return _Direct.apply([len(tensors) for tensors in lists], (*table, backend or ""), *together)
+    return _attend(query, *lists, *table, backend or "")
 
 
-@torch.library.custom_op("mmscale_kernels::cross_modal_attention", mutates_args=())
-def _attention(
+def _attend(
     query: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -218,7 +203,7 @@ def _attention(
     """
     sources = _gather(keys, values, lengths, starts, gates, biases, index, causal)
     _check(query, sources, query_lengths, seeds)
-    chosen = _choose(query, len(sources), len(biases) > 0, dropout_p, backend or None).backend
+    chosen = _choose(query, len(sources), backend or None).backend
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((*query.shape[:3], len(sources)), dtype=tiled.compute_dtype(query), device=query.device)
     if lse.numel() == 0:
@@ -226,15 +211,13 @@ def _attention(
     if chosen == "triton":
         from . import triton_attention
 
-        triton_attention.attend(
-            query,
-            sources[0].key,
-            sources[0].value,
-            **_triton_arguments(query, sources[0], query_lengths, scale),
-            out=out,
-            lse=lse,
-        )
+        call = _triton_call(query, sources, query_lengths, scale, _dropout(dropout_p, seeds, place))
+        triton_attention.attend(call, out=out, lse=lse)
         return out, lse
+    if _use_flash(query, dropout_p):
+        return cpu.attend(
+            query, [_flash_source(source) for source in sources], query_lengths=query_lengths, scale=scale
+        )
     tiled.attend(
         query,
         [_engine_source(query, source) for source in sources],
@@ -245,6 +228,9 @@ def _attention(
         dropout=_dropout(dropout_p, seeds, place),
     )
     return out, lse
+
+
+_attention = torch.library.custom_op("mmscale_kernels::cross_modal_attention", mutates_args=())(_attend)
 
 
 @_attention.register_fake
@@ -271,8 +257,7 @@ def _(
     )
 
 
-@torch.library.custom_op("mmscale_kernels::cross_modal_attention_backward", mutates_args=())
-def _attention_backward(
+def _attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -300,33 +285,52 @@ def _attention_backward(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    chosen = _choose(query, len(sources), len(biases) > 0, dropout_p, backend or None).backend
+    chosen = _choose(query, len(sources), backend or None).backend
     if chosen == "triton" and source_lse.numel():
         from . import triton_attention
 
-        source = sources[0]
-        grad_key, grad_value = (
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (keys[0], values[0])
-        )
-        by_column = triton_attention.attend_backward(
+        made = triton_attention.attend_backward(
+            _triton_call(query, sources, query_lengths, scale, _dropout(dropout_p, seeds, place)),
             grad_out,
-            query,
-            source.key,
-            source.value,
-            **_triton_arguments(query, source, query_lengths, scale),
             out=out,
             lse=source_lse,
             grad_query=grad_query,
-            grad_key=grad_key,
-            grad_value=grad_value,
+            grad_keys=[torch.empty(key.shape, dtype=key.dtype, device=key.device) for key in keys],
+            grad_values=[torch.empty(value.shape, dtype=value.dtype, device=value.device) for value in values],
+            wants_bias=[source.bias is not None and wants_bias[index[4 * n + 3]] for n, source in enumerate(sources)],
             grad_lse=None if grad_lse is None else grad_lse.contiguous(),
         )
-        grads = [grad_query, grad_key, grad_value]
-        if source.gate is not None and by_column is not None:
-            by_head = by_column.sum(-1)
-            by_head = by_head if source.gate.shape == by_head.shape else by_head.sum(0)
-            grads.append(by_head.to(source.gate.dtype))
+        grads = [grad_query, *made.keys, *made.values]
+        for source, by_head in zip(sources, made.gates, strict=True):
+            if source.gate is not None and by_head is not None:
+                by_head = by_head if source.gate.shape == by_head.shape else by_head.sum(0)
+                grads.append(by_head.to(source.gate.dtype))
+        for source, grad in zip(sources, made.biases, strict=True):
+            if source.bias is not None:
+                grads.append(source.bias.new_empty(0) if grad is None else grad.view(source.bias.shape))
         return grads
+    if _use_flash(query, dropout_p) and not any(wants_bias) and source_lse.numel():
+        grad_query, found = cpu.attend_backward(
+            grad_out,
+            query,
+            [_flash_source(source) for source in sources],
+            query_lengths=query_lengths,
+            scale=scale,
+            out=out,
+            source_lse=source_lse,
+            grad_lse=grad_lse,
+        )
+        by_gate = [one.gate for one in found if one.gate is not None]
+        return [
+            grad_query,
+            *(one.key for one in found),
+            *(one.value for one in found),
+            *(
+                (grad if grad.shape == like.shape else grad.sum(0)).to(like.dtype)
+                for grad, like in zip(by_gate, gates, strict=True)
+            ),
+            *(bias.new_empty(0) for bias in biases),
+        ]
 
     def zeros(like: Tensor) -> Tensor:
         return torch.zeros(like.shape, dtype=dtype, device=like.device)
@@ -369,6 +373,11 @@ def _attention_backward(
         *(grad.to(like.dtype) for grad, like in zip(grad_gates, gates, strict=True)),
         *(grad.to(like.dtype) for grad, like in zip(grad_biases, biases, strict=True)),
     ]
+
+
+_attention_backward = torch.library.custom_op(
+    "mmscale_kernels::cross_modal_attention_backward", mutates_args=()
+)(_attend_backward)
 
 
 @_attention_backward.register_fake
@@ -418,16 +427,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(query, query_lengths, seeds, *output, *flat)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    form: Callable[..., list[Tensor]] = _attention_backward,
+) -> tuple[Any, ...]:
     query, query_lengths, seeds, out, source_lse, *flat = ctx.saved_tensors
-    lists = []
-    for count in ctx.counts:
-        lists.append(flat[:count])
-        flat = flat[count:]
+    lists = _split(flat, ctx.counts)
     index, causal, scale, dropout_p, place, backend = ctx.table
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = _attention_backward(
+    grads = form(
         grad_out, grad_lse, query, out, source_lse, *lists, ctx.wants_bias, index, causal,
         query_lengths, scale, dropout_p, seeds, place, backend,
     )  # fmt: skip
@@ -442,6 +453,29 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator's autograd without the operator; see `cpu_attention.is_direct`."""
+
+    @staticmethod
+    def forward(ctx: Any, counts: list[int], table: tuple[Any, ...], query: Tensor, *flat: Tensor) -> Any:
+        lists = _split(flat, counts)
+        out, source_lse = _attend(query, *lists, *table)
+        _setup_context(ctx, (query, *lists, *table), (out, source_lse))
+        return out, source_lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        grad_query, *by_list = _backward(ctx, grad_out, grad_lse, _attend_backward)[:7]
+        return None, None, grad_query, *(grad for grads in by_list for grad in grads)
+
+
+def _split(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
+    """Cut a row into lists of the given lengths."""
+    ends = list(itertools.accumulate(counts))
+    return [list(flat[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
 def _gather(
@@ -506,29 +540,51 @@ def _engine_source(query: Tensor, source: Source) -> tiled.KeySource:
     )
 
 
-def _triton_arguments(
-    query: Tensor, source: Source, query_lengths: Tensor | None, scale: float
-) -> dict[str, Any]:
-    from .triton_attention import Ranges
+def _use_flash(query: Tensor, dropout_p: float) -> bool:
+    # aten's flash kernel for the CPU reads strided views in place, and knows no dropout
+    return query.device.type == "cpu" and dropout_p == 0
 
-    def ranges(size: int, lengths: Tensor | None, starts: Tensor | None) -> Ranges:
-        begin = torch.zeros(query.shape[0], 1, dtype=torch.int32, device=query.device)
-        if starts is not None:
-            begin.copy_(starts[:, None].clamp(0, size))
-        end = torch.full_like(begin, size)
-        if lengths is not None:
-            end.copy_((begin + lengths[:, None]).clamp(0, size))
-        return Ranges(begin, end)
 
-    size = source.key.shape[1]
-    return {
-        "queries": ranges(query.shape[1], query_lengths, None),
-        "keys": ranges(size, source.lengths, source.starts),
-        "scale": scale,
-        "causal_from": 0 if source.causal else None,
-        "shift": size - query.shape[1],
-        "gates": None if source.gate is None else _widened(source.gate, 2)[:, None].contiguous(),
-    }
+def _flash_source(source: Source) -> cpu.FlashSource:
+    gate, bias = source.gate, source.bias
+    return cpu.FlashSource(
+        source.key,
+        source.value,
+        source.lengths,
+        source.starts,
+        None if gate is None else _widened(gate, 2).to(tiled.compute_dtype(source.key)),
+        None if bias is None else _widened(bias, 4),
+        source.causal,
+    )
+
+
+def _triton_call(
+    query: Tensor,
+    sources: Sequence[Source],
+    query_lengths: Tensor | None,
+    scale: float,
+    dropout: tiled.Dropout | None,
+) -> Any:
+    from .triton_attention import Call, KeySource, QueryRange
+
+    num_queries = query.shape[1]
+    given = [
+        KeySource(
+            source.key,
+            source.value,
+            lengths=source.lengths,
+            starts=source.starts,
+            gate=None if source.gate is None else _unit_stride(_widened(source.gate, 2)),
+            bias=None if source.bias is None else _widened(source.bias, 4),
+            shift=source.key.shape[1] - num_queries if source.causal else None,
+        )
+        for source in sources
+    ]
+    return Call(query, given, [QueryRange(0, num_queries, query_lengths)], scale, dropout)
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _dropout(probability: float, seeds: Tensor | None, place: int) -> tiled.Dropout | None:

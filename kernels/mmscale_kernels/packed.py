@@ -23,18 +23,15 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import cpu_attention as cpu
 from . import tiled_attention as tiled
 from .dispatch import Decision, choose, register_decision
 
-# Finite, so that softmax over nothing but padding is a number; such rows are zeroed afterwards.
-_MASKED = -1e30
-# Elements of an additive mask that the flash form may hold for a moment.
-_MASK_BUDGET = 1 << 22
 # Up to here one flash call with a (T, T) mask beats a call for the prefix and one for the causal segment.
 _FEW_COLUMNS = 128
 
@@ -76,7 +73,12 @@ def packed_attention(
     if backend == "reference":
         _check(qkv, num_heads, offsets, lengths, causal, gates)
         return _reference(qkv, num_heads, offsets, lengths, causal, gates, scale)
-    return _packed(qkv, num_heads, offsets, lengths, causal, gates, scale, backend or "")[0]
+    arguments = (qkv, num_heads, offsets, lengths, causal, gates, scale, backend or "")
+    if not cpu.is_direct([qkv, lengths] if gates is None else [qkv, lengths, gates]):
+        return _packed(*arguments)[0]
+    if torch.is_grad_enabled() and (qkv.requires_grad or (gates is not None and gates.requires_grad)):
+        return _Direct.apply(*arguments)[0]
+    return _attend(*arguments)[0]
 
 
 def _decide(
@@ -91,18 +93,17 @@ def _decide(
     backend: str | None = None,
 ) -> Decision:
     _check(qkv, num_heads, tuple(offsets), lengths, tuple(causal), gates)
-    return _choose(qkv, backend)
+    return _choose(qkv, len(offsets), backend)
 
 
-def _choose(qkv: Tensor, backend: str | None) -> Decision:
-    return choose("packed_attention", backend, qkv.device, tiled.triton_refusal(qkv))
+def _choose(qkv: Tensor, num_segments: int, backend: str | None) -> Decision:
+    return choose("packed_attention", backend, qkv.device, tiled.triton_refusal(qkv, num_segments))
 
 
 register_decision(packed_attention, _decide)
 
 
-@torch.library.custom_op("mmscale_kernels::packed_attention", mutates_args=())
-def _packed(
+def _attend(
     qkv: Tensor,
     num_heads: int,
     offsets: Sequence[int],
@@ -114,7 +115,7 @@ def _packed(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, T, H, D) and the log-sum-exp (B, T, H), +inf for rows of padding."""
     _check(qkv, num_heads, offsets, lengths, causal, gates)
-    chosen = _choose(qkv, backend or None).backend
+    chosen = _choose(qkv, len(offsets), backend or None).backend
     batch, columns, _, width = qkv.shape
     dtype = tiled.compute_dtype(qkv)
     if qkv.numel() == 0:
@@ -125,26 +126,13 @@ def _packed(
     if chosen == "triton":
         return _triton_forward(qkv, num_heads, table, lengths, gates, scale)
     valid = table.valid(lengths)
-    if _use_flash(qkv, gates):
-        calls = list(_flash_calls(qkv, num_heads, table, valid))
-        results = [
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                call.query, call.key, call.value, 0.0, call.is_causal, attn_mask=call.mask, scale=scale
-            )
-            for call in calls
-        ]
-        if len(calls) == 1:
-            out, lse = (x.transpose(1, 2).contiguous() for x in results[0])
-        else:
-            out = qkv.new_empty(batch, columns, num_heads, width)
-            lse = qkv.new_empty(batch, columns, num_heads, dtype=dtype)
-            for call, (part, log) in zip(calls, results, strict=True):
-                out[:, call.rows, call.heads] = part.transpose(1, 2)
-                lse[:, call.rows, call.heads] = log.transpose(1, 2)
+    if _use_flash(qkv):
+        bias = _gate_bias(gates, table, dtype)
+        out, lse = _flash_forward(qkv, num_heads, table, valid, bias, scale)
     else:
         out = qkv.new_empty(batch, columns, num_heads, width)
         lse = qkv.new_empty(batch, columns, num_heads, dtype=dtype)
-        bias = _gate_bias(gates, table)
+        bias = _gate_bias(gates, table, dtype)
         for rows, query, sources, _ in _tiled_calls(qkv, num_heads, table, valid, bias):
             logs = lse.new_empty(*query.shape[:3], len(sources))
             tiled.attend(query, sources, scale=scale, out=out[:, rows], lse=logs)
@@ -155,6 +143,9 @@ def _packed(
         # exp(logit - inf) is 0: whatever gradient arrives at padding goes no further
         lse.view(batch * columns, -1).index_fill_(0, padding, math.inf)
     return out, lse
+
+
+_packed = torch.library.custom_op("mmscale_kernels::packed_attention", mutates_args=())(_attend)
 
 
 @_packed.register_fake
@@ -173,8 +164,7 @@ def _(
     return out, qkv.new_empty(batch, columns, num_heads, dtype=tiled.compute_dtype(qkv))
 
 
-@torch.library.custom_op("mmscale_kernels::packed_attention_backward", mutates_args=())
-def _packed_backward(
+def _attend_backward(
     grad_out: Tensor,
     qkv: Tensor,
     out: Tensor,
@@ -196,70 +186,55 @@ def _packed_backward(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     table = _table(offsets, causal, qkv.shape[1], qkv.device)
-    if _choose(qkv, backend or None).backend == "triton":
-        by_column = _triton_backward(
+    if _choose(qkv, len(offsets), backend or None).backend == "triton":
+        by_sample = _triton_backward(
             grad_out, qkv, out, lse, num_heads, table, lengths, gates, scale, grad_qkv
         )
-        if gates is not None and by_column is not None:
-            if gates.dim() == 2:
-                by_column = by_column.sum(0, keepdim=True)
-            grad_gates = _reduce_columns(by_column, table, gates)
+        if gates is not None and by_sample is not None:
+            grad_gates = (by_sample if gates.dim() == 3 else by_sample.sum(0)).to(gates.dtype)
         return grad_qkv, grad_gates
     valid = table.valid(lengths)
-    calls = list(_flash_calls(qkv, num_heads, table, valid)) if _use_flash(qkv, gates) else None
+    if _use_flash(qkv):
+        bias = _gate_bias(gates, table, lse.dtype)
+        by_segment = _flash_backward(
+            grad_out, qkv, out, lse, num_heads, table, valid, bias, scale, grad_qkv
+        )
+        if gates is not None and by_segment is not None:
+            grad_gates = (by_segment if gates.dim() == 3 else by_segment.sum(0)).to(gates.dtype)
+        return grad_qkv, grad_gates
     # Several contributions to a key are summed in the compute dtype.
-    sums = grad_qkv[:, :, num_heads:]
-    if calls is None or len(calls) > 1:
-        sums = torch.zeros(sums.shape, dtype=tiled.compute_dtype(qkv), device=qkv.device)
-    if calls is not None:
-        for call in calls:
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_out[:, call.rows, call.heads].transpose(1, 2),
-                call.query,
-                call.key,
-                call.value,
-                out[:, call.rows, call.heads].transpose(1, 2),
-                lse[:, call.rows, call.heads].transpose(1, 2),
-                0.0,
-                call.is_causal,
-                attn_mask=call.mask,
-                scale=scale,
-            )
-            grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)
-            grad_qkv[:, call.rows, call.heads] = grad_query
-            if len(calls) == 1:
-                sums[:, :, :num_kv_heads] = grad_key
-                sums[:, :, num_kv_heads:] = grad_value
-            else:
-                stop = call.key.shape[2]
-                sums[:, :stop, :num_kv_heads] += grad_key
-                sums[:, :stop, num_kv_heads:] += grad_value
-    else:
-        bias = _gate_bias(gates, table)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sums.dtype)
-        for rows, query, sources, spans in _tiled_calls(qkv, num_heads, table, valid, bias):
-            tiled.attend_backward(
-                grad_out[:, rows],
-                query,
-                sources,
-                scale=scale,
-                out=out[:, rows],
-                lse=lse[:, rows],
-                grad_query=grad_qkv[:, rows, :num_heads],
-                grad_sources=[
-                    tiled.SourceGradients(
-                        key=sums[:, span, :num_kv_heads],
-                        value=sums[:, span, num_kv_heads:],
-                        bias=None if grad_bias is None else grad_bias[..., span],
-                    )
-                    for span in spans
-                ],
-            )
-        if gates is not None and grad_bias is not None:
-            grad_gates = _reduce_columns(grad_bias[:, :, 0], table, gates)
-    if sums.data_ptr() != grad_qkv[:, :, num_heads:].data_ptr():
-        grad_qkv[:, :, num_heads:] = sums
+    sums = torch.zeros(
+        grad_qkv[:, :, num_heads:].shape, dtype=tiled.compute_dtype(qkv), device=qkv.device
+    )
+    bias = _gate_bias(gates, table, sums.dtype)
+    grad_bias = None if bias is None else torch.zeros_like(bias)
+    for rows, query, sources, spans in _tiled_calls(qkv, num_heads, table, valid, bias):
+        tiled.attend_backward(
+            grad_out[:, rows],
+            query,
+            sources,
+            scale=scale,
+            out=out[:, rows],
+            lse=lse[:, rows],
+            grad_query=grad_qkv[:, rows, :num_heads],
+            grad_sources=[
+                tiled.SourceGradients(
+                    key=sums[:, span, :num_kv_heads],
+                    value=sums[:, span, num_kv_heads:],
+                    bias=None if grad_bias is None else grad_bias[..., span],
+                )
+                for span in spans
+            ],
+        )
+    if gates is not None and grad_bias is not None:
+        grad_gates = _reduce_columns(grad_bias[:, :, 0], table, gates)
+    grad_qkv[:, :, num_heads:] = sums
     return grad_qkv, grad_gates
+
+
+_packed_backward = torch.library.custom_op("mmscale_kernels::packed_attention_backward", mutates_args=())(
+    _attend_backward
+)
 
 
 @_packed_backward.register_fake
@@ -288,12 +263,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_out, grad_lse, form=_packed_backward):  # type: ignore[no-untyped-def]
     qkv, lengths, gates, out, lse = ctx.saved_tensors
     num_heads, offsets, causal, scale, backend = ctx.table
     if grad_out is None:
         return (None,) * 8
-    grad_qkv, grad_gates = _packed_backward(
+    grad_qkv, grad_gates = form(
         grad_out, qkv, out, lse, num_heads, offsets, lengths, causal, gates, scale, backend
     )
     return grad_qkv, None, None, None, None, None if gates is None else grad_gates, None, None
@@ -302,9 +277,23 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 _packed.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _use_flash(qkv: Tensor, gates: Tensor | None) -> bool:
-    # aten's flash kernel for the CPU reads strided views in place, but has no gradient for a gate
-    return qkv.device.type == "cpu" and gates is None
+class _Direct(torch.autograd.Function):
+    """The operator's autograd without the operator; see `cpu_attention.is_direct`."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = _attend(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        return _backward(ctx, grad_out, grad_lse, _attend_backward)
+
+
+def _use_flash(qkv: Tensor) -> bool:
+    return qkv.device.type == "cpu"  # aten's flash kernel for the CPU reads strided views in place
 
 
 @dataclass(frozen=True)
@@ -350,18 +339,18 @@ def _cached_table(offsets: tuple[int, ...], causal: bool, columns: int, device: 
     ahead = None
     if device.type == "cpu" and 0 < prefix < columns <= _FEW_COLUMNS:
         hidden = (column >= prefix) & (column > column[:, None])
-        ahead = torch.zeros(1, 1, columns, columns).masked_fill_(hidden, _MASKED)
+        ahead = torch.zeros(1, 1, columns, columns).masked_fill_(hidden, -math.inf)
     return _Table(
         full.tolist(), prefix, segment.to(device), step.to(device), starts.to(device), full.to(device), ahead
     )
 
 
-def _gate_bias(gates: Tensor | None, table: _Table) -> Tensor | None:
+def _gate_bias(gates: Tensor | None, table: _Table, dtype: torch.dtype) -> Tensor | None:
     """Spread gates (S, H) or (B, S, H) over their columns: (1 or B, H, 1, T)."""
     if gates is None:
         return None
     spread = gates if gates.dim() == 3 else gates[None]
-    return spread[:, table.segment].transpose(1, 2).unsqueeze(2)
+    return spread.to(dtype)[:, table.segment].transpose(1, 2).unsqueeze(2)
 
 
 def _reduce_columns(by_column: Tensor, table: _Table, gates: Tensor) -> Tensor:
@@ -371,58 +360,177 @@ def _reduce_columns(by_column: Tensor, table: _Table, gates: Tensor) -> Tensor:
 
 
 class _FlashCall(NamedTuple):
-    query: Tensor  # (B, H / group, rows, D); key and value (B, Hkv, keys, D): views
-    key: Tensor
-    value: Tensor
     rows: slice
-    heads: slice
+    keys: slice
     mask: Tensor | None
     is_causal: bool
 
 
-def _flash_calls(qkv: Tensor, num_heads: int, table: _Table, valid: Tensor | None) -> Iterator[_FlashCall]:
-    """Yield the calls of the flash kernel which together cover every visible (query, key) pair once.
+def _flash_calls(
+    qkv: Tensor, table: _Table, valid: Tensor | None, bias: Tensor | None
+) -> list[_FlashCall]:
+    """Return the calls of the flash kernel which together cover every visible (query, key) pair once.
 
-    Grouped queries take one call for each member of a group, so that keys are never copied.
+    No key is in two calls. A second call has the causal segment alone; its queries are in the first one too.
     """
-    batch, columns, heads, _ = qkv.shape
-    num_kv_heads = (heads - num_heads) // 2
-    group = num_heads // num_kv_heads
+    columns = qkv.shape[1]
     prefix = table.prefix
-    dtype = tiled.compute_dtype(qkv)
-    padding = None
+    everything, before, own = slice(0, columns), slice(0, prefix), slice(prefix, columns)
+    mask = bias
     if valid is not None and prefix:
-        padding = torch.where(valid[:, None, None], 0.0, _MASKED).to(dtype)
-
-    mask: Tensor | None = None
-    spans: list[tuple[slice, int, Tensor | None, bool]] = []
+        padding = torch.zeros(valid.shape, dtype=tiled.compute_dtype(qkv))
+        padding = padding.masked_fill_(~valid, -math.inf)[:, None, None]
+        mask = padding if bias is None else bias + padding
     if prefix == columns:
-        spans.append((slice(0, columns), columns, padding, False))
-    elif prefix == 0:
+        return [_FlashCall(everything, everything, mask, False)]
+    if prefix == 0:
         # padding lies behind the queries that matter, so causality alone hides it
-        spans.append((slice(0, columns), columns, None, True))
-    elif table.ahead is not None:
-        mask = table.ahead.to(dtype) if padding is None else padding + table.ahead
-        spans.append((slice(0, columns), columns, mask, False))
+        return [_FlashCall(everything, everything, bias, True)]
+    if table.ahead is not None and bias is None:
+        ahead = table.ahead.to(tiled.compute_dtype(qkv))
+        return [_FlashCall(everything, everything, ahead if mask is None else ahead + mask, False)]
+    return [
+        _FlashCall(everything, before, None if mask is None else mask[..., before], False),
+        _FlashCall(own, own, None if bias is None else bias[..., own], True),
+    ]
+
+
+def _flash(
+    qkv: Tensor, num_heads: int, call: _FlashCall, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the call's output (B, rows, H, D) and log-sum-exp (B, rows, H)."""
+    query, key, value = _views(qkv, num_heads)
+    group = num_heads // key.shape[2]
+    key, value = (x[:, call.keys].transpose(1, 2) for x in (key, value))
+    outs, logs = [], []
+    # Grouped queries take one call for each member of a group, so that keys are never copied.
+    for member in range(group):
+        out, log = cpu.flash(
+            query[:, call.rows, member::group].transpose(1, 2),
+            key,
+            value,
+            0.0,
+            call.is_causal,
+            attn_mask=_of_member(call.mask, member, group),
+            scale=scale,
+        )
+        outs.append(out.transpose(1, 2))
+        logs.append(log.transpose(1, 2))
+    if group == 1:
+        out, log = outs[0], logs[0]
     else:
-        before = None if padding is None else padding[..., :prefix]
-        spans.append((slice(0, prefix), prefix, before, False))
-        step = max(32, _MASK_BUDGET // (batch * columns))
-        for start in range(prefix, columns, step):
-            stop = min(columns, start + step)
-            samples = 1 if before is None else batch
-            mask = torch.zeros(samples, 1, stop - start, stop, dtype=dtype)
-            if before is not None:
-                mask[..., :prefix] = before
-            mask[..., start:] = torch.full((stop - start, stop - start), _MASKED, dtype=dtype).triu_(1)
-            spans.append((slice(start, stop), stop, mask, False))
-    for rows, stop, mask, is_causal in spans:
-        key = qkv[:, :stop, num_heads : num_heads + num_kv_heads].transpose(1, 2)
-        value = qkv[:, :stop, num_heads + num_kv_heads :].transpose(1, 2)
+        out, log = (torch.stack(x, 3).flatten(2, 3) for x in (outs, logs))
+    return out.contiguous(), log.contiguous()
+
+
+def _of_member(mask: Tensor | None, member: int, group: int) -> Tensor | None:
+    """Return the mask (1 or B, 1 or H, ...) of the heads `member` of each group."""
+    return mask if mask is None or mask.shape[1] == 1 else mask[:, member::group]
+
+
+def _dead(mask: Tensor | None) -> Tensor | None:
+    """Return where a mask of one row for all queries hides every key, (1 or B, 1, 1 or H)."""
+    return None if mask is None else (mask == -math.inf).all(-1).transpose(1, 2)
+
+
+def _flash_forward(
+    qkv: Tensor, num_heads: int, table: _Table, valid: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    first, *second = _flash_calls(qkv, table, valid, bias)
+    out, lse = _flash(qkv, num_heads, first, scale)
+    for call in second:
+        part, log = _flash(qkv, num_heads, call, scale)
+        # The kernel calls the log-sum-exp of no key 0.
+        for logs, mask in ((lse, first.mask), (log, call.mask)):
+            dead = _dead(mask)
+            if dead is not None:
+                logs.masked_fill_(dead, -math.inf)
+        cpu.join(out[:, call.rows], lse[:, call.rows], part, log)
+        lse.masked_fill_(lse == -math.inf, math.inf)
+    return out, lse
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    table: _Table,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    grad_qkv: Tensor,
+) -> Tensor | None:
+    """Fill grad_qkv; return the gradient of gates, (B, S, H) in the compute dtype, if there are any.
+
+    `cpu_attention` says how it follows from the gradient of the values and each segment's share of attention.
+    """
+    query, key, value = _views(qkv, num_heads)
+    grad_query, grad_key, grad_value = _views(grad_qkv, num_heads)
+    group = num_heads // key.shape[2]
+    dtype = tiled.compute_dtype(qkv)
+    shape = (qkv.shape[0], len(table.widths), num_heads)
+    by_segment = None if bias is None else torch.zeros(shape, dtype=dtype)
+    for number, call in enumerate(_flash_calls(qkv, table, valid, bias)):
         for member in range(group):
-            members = slice(member, num_heads, group)
-            query = qkv[:, rows, members].transpose(1, 2)
-            yield _FlashCall(query, key, value, rows, members, mask, is_causal)
+            heads = slice(member, num_heads, group)
+            grads = cpu.flash_backward(
+                grad_out[:, call.rows, heads].transpose(1, 2),
+                query[:, call.rows, heads].transpose(1, 2),
+                key[:, call.keys].transpose(1, 2),
+                value[:, call.keys].transpose(1, 2),
+                out[:, call.rows, heads].transpose(1, 2),
+                lse[:, call.rows, heads].transpose(1, 2),
+                0.0,
+                call.is_causal,
+                attn_mask=_of_member(call.mask, member, group),
+                scale=scale,
+            )
+            by_query, by_key, by_value = (grad.transpose(1, 2) for grad in grads)
+            if number == 0:
+                grad_query[:, call.rows, heads] = by_query
+            else:
+                grad_query[:, call.rows, heads] += by_query
+            if by_segment is not None and len(table.widths) > 1:
+                dots = (by_value.to(dtype) * value[:, call.keys].to(dtype)).sum(-1)
+                spots = table.segment[call.keys]
+                by_segment[:, :, heads].index_add_(1, spots, dots)
+            if group == 1:
+                grad_key[:, call.keys] = by_key
+                grad_value[:, call.keys] = by_value
+            elif member == 0:
+                key_sum, value_sum = by_key.to(dtype), by_value.to(dtype)
+            else:
+                key_sum += by_key
+                value_sum += by_value
+        if group > 1:
+            grad_key[:, call.keys] = key_sum
+            grad_value[:, call.keys] = value_sum
+    if by_segment is None or len(table.widths) == 1:
+        return by_segment  # one gate for all keys changes nothing
+    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1).masked_fill_(lse == math.inf, 0.0)
+    # The widest segment's share is what the others leave.
+    widest = max(range(len(table.widths)), key=table.widths.__getitem__)
+    by_segment[:, widest] -= delta.sum(1)
+    first = 0
+    for number, width in enumerate(table.widths):
+        keys = slice(first, first + width)
+        first += width
+        if number == widest:
+            continue
+        is_causal = keys.start >= table.prefix
+        rows = keys if is_causal else slice(0, qkv.shape[1])
+        assert bias is not None
+        mask = bias[..., keys]
+        if valid is not None and not is_causal:
+            mask = mask.masked_fill(~valid[:, None, None, keys], -math.inf)
+        _, log = _flash(qkv, num_heads, _FlashCall(rows, keys, mask, is_causal), scale)
+        share = log.sub_(lse[:, rows]).exp_().masked_fill_(_dead(mask), 0.0)
+        pulled = share.mul_(delta[:, rows]).sum(1)
+        by_segment[:, number] -= pulled
+        by_segment[:, widest] += pulled
+    return by_segment
 
 
 def _tiled_calls(
@@ -450,29 +558,40 @@ def _tiled_calls(
         yield own, qkv[:, own, :num_heads], [*before, source(own, 0)], spans
 
 
+def _triton_call(
+    qkv: Tensor, num_heads: int, table: _Table, lengths: Tensor, gates: Tensor | None, scale: float
+) -> Any:
+    """Say it with one source a segment, all of them views of the buffer."""
+    from .triton_attention import Call, KeySource, QueryRange
+
+    query, key, value = _views(qkv, num_heads)
+    by_sample = None if gates is None else (gates if gates.dim() == 3 else gates[None]).contiguous()
+    sources, rows, first = [], [], 0
+    for number, width in enumerate(table.widths):
+        span = slice(first, first + width)
+        sources.append(
+            KeySource(
+                key[:, span],
+                value[:, span],
+                lengths=lengths[:, number],
+                gate=None if by_sample is None else by_sample[:, number],
+                shift=-first if first == table.prefix else None,
+            )
+        )
+        rows.append(QueryRange(first, width, lengths[:, number]))
+        first += width
+    return Call(query, sources, rows, scale)
+
+
 def _triton_forward(
     qkv: Tensor, num_heads: int, table: _Table, lengths: Tensor, gates: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     from . import triton_attention
 
-    query, key, value = _views(qkv, num_heads)
-    out = torch.empty(query.shape, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=qkv.device)
-    begin, end = table.ranges(lengths)
-    ranges = triton_attention.Ranges(begin, end)
-    triton_attention.attend(
-        query,
-        key,
-        value,
-        queries=ranges,
-        keys=ranges,
-        scale=scale,
-        causal_from=table.prefix if table.prefix < qkv.shape[1] else None,
-        shift=0,
-        gates=_gates_by_sample(gates),
-        out=out,
-        lse=lse,
-    )
+    batch, columns, _, width = qkv.shape
+    out = qkv.new_empty(batch, columns, num_heads, width)
+    lse = qkv.new_empty(batch, columns, num_heads, dtype=torch.float32)
+    triton_attention.attend(_triton_call(qkv, num_heads, table, lengths, gates, scale), out=out, lse=lse)
     return out, lse
 
 
@@ -488,39 +607,29 @@ def _triton_backward(
     scale: float,
     grad_qkv: Tensor,
 ) -> Tensor | None:
+    """Fill grad_qkv; return the gradient of gates, (B, S, H), if there are any."""
     from . import triton_attention
 
-    query, key, value = _views(qkv, num_heads)
+    call = _triton_call(qkv, num_heads, table, lengths, gates, scale)
     grad_query, grad_key, grad_value = _views(grad_qkv, num_heads)
-    begin, end = table.ranges(lengths)
-    ranges = triton_attention.Ranges(begin, end)
-    return triton_attention.attend_backward(
+    made = triton_attention.attend_backward(
+        call,
         grad_out,
-        query,
-        key,
-        value,
-        queries=ranges,
-        keys=ranges,
-        scale=scale,
-        causal_from=table.prefix if table.prefix < qkv.shape[1] else None,
-        shift=0,
-        gates=_gates_by_sample(gates),
         out=out,
         lse=lse,
         grad_query=grad_query,
-        grad_key=grad_key,
-        grad_value=grad_value,
+        grad_keys=grad_key.split(table.widths, 1),
+        grad_values=grad_value.split(table.widths, 1),
+        wants_bias=[False] * len(call.sources),
     )
+    by_segment = [grad for grad in made.gates if grad is not None]
+    return torch.stack(by_segment, 1) if by_segment else None
 
 
 def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     num_kv_heads = (qkv.shape[2] - num_heads) // 2
     query, key, value = qkv.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=2)
     return query, key, value
-
-
-def _gates_by_sample(gates: Tensor | None) -> Tensor | None:
-    return None if gates is None else (gates if gates.dim() == 3 else gates[None]).contiguous()
 
 
 def _reference(

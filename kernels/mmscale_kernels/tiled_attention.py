@@ -24,6 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The Triton kernels are unrolled over the sources of a softmax.
+MAX_TRITON_SOURCES = 8
+
 _KEY_BLOCK = 512
 # Logits in a tile: half a MiB of fp32 a thread stays in a core's second-level cache.
 _TILE_PER_THREAD = 1 << 17
@@ -215,14 +218,14 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("MMSCALE_CHECK") == "1"
 
 
-def triton_refusal(query: Tensor) -> str | None:
-    """Say why the Triton kernels can't take a tensor of this dtype, width and place, or None."""
+def triton_refusal(query: Tensor, num_sources: int) -> str | None:
+    """Say why the Triton kernels can't take a query of this dtype and width, or so many sources, or None."""
     if query.dtype == torch.float64:
         return "the kernels compute in fp32, and the input is fp64"
     if query.shape[-1] > 256:
         return f"the kernels hold a head in registers, up to D = 256, and D is {query.shape[-1]}"
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
-        return "Triton's interpreter multiplies the bit patterns of bf16"
+    if num_sources > MAX_TRITON_SOURCES:
+        return f"the kernels are unrolled over up to {MAX_TRITON_SOURCES} sources, and {num_sources} share a softmax"
     return None
 
 
