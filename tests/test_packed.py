@@ -117,22 +117,37 @@ def test_full_segments(table: str) -> None:
     assert_same(results(qkv, arguments), results(qkv, arguments, backend="reference"))
 
 
+@pytest.mark.parametrize("gated", ["", "each"])
 @pytest.mark.parametrize("table", ["prefix and target", "three and target"])
-def test_many_columns_go_by_tiles(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long buffers have no (T, T) mask: the causal segment goes by tiles of queries."""
-    monkeypatch.setattr(packed, "_FEW_COLUMNS", 0)
-    monkeypatch.setattr(packed, "_MASK_BUDGET", 0)
-    packed._cached_table.cache_clear()
+def test_many_columns_go_without_a_square_mask(table: str, gated: str) -> None:
+    """More columns than one block of the kernel: the causal segment is a call of its own, joined with the prefix."""
     offsets, causal, _ = TABLES[table]
+    offsets = tuple(100 * offset for offset in offsets)
+    columns = offsets[-1] + 90
     torch.manual_seed(2)
-    qkv = torch.randn(2, 90, 8, 4, dtype=torch.float64).requires_grad_()
+    qkv = torch.randn(2, columns, 8, 4, dtype=torch.float64).requires_grad_()
     lengths = torch.ones(2, len(offsets), dtype=torch.int32)
-    lengths[:, -1] = torch.tensor([90 - offsets[-1], 40])
-    arguments = {"num_heads": 4, "offsets": offsets, "lengths": lengths, "causal": causal, "gates": None}
-    try:
-        assert_same(results(qkv, arguments), results(qkv, arguments, backend="reference"))
-    finally:
-        packed._cached_table.cache_clear()
+    lengths[:, -1] = torch.tensor([90, 40])
+    lengths[0, :-1] = torch.tensor(offsets).diff()
+    gates = torch.randn(2, len(offsets), 4, dtype=torch.float64).requires_grad_() if gated else None
+    arguments = {"num_heads": 4, "offsets": offsets, "lengths": lengths, "causal": causal, "gates": gates}
+    # sums of up to 700 terms
+    assert_same(results(qkv, arguments), results(qkv, arguments, backend="reference"), 10 * EXACT)
+
+
+@pytest.mark.parametrize("columns", [12, 300])
+def test_a_sample_may_lack_its_prefix_and_a_gate_may_close_it(columns: int) -> None:
+    torch.manual_seed(11)
+    qkv = torch.randn(3, columns, 6, 4, dtype=torch.float64).requires_grad_()
+    gates = torch.zeros(3, 2, 2, dtype=torch.float64)
+    gates[1, 0, 0] = gates[2, 1] = -torch.inf
+    arguments = {
+        "num_heads": 2, "offsets": (0, 5), "lengths": torch.tensor([[0, 7], [5, 7], [3, 6]]),
+        "causal": (False, True), "gates": gates.requires_grad_(),
+    }  # fmt: skip
+    got = results(qkv, arguments)
+    assert_same(got, results(qkv, arguments, backend="reference"))
+    assert all(torch.isfinite(x).all() for x in got)
 
 
 @given(data=st.data())

@@ -204,6 +204,10 @@ def _attend(
     sources = _gather(keys, values, lengths, starts, gates, biases, index, causal)
     _check(query, sources, query_lengths, seeds)
     chosen = _choose(query, len(sources), backend or None).backend
+    if chosen == "torch" and _use_flash(query, dropout_p):
+        return cpu.attend(
+            query, [_flash_source(source) for source in sources], query_lengths=query_lengths, scale=scale
+        )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((*query.shape[:3], len(sources)), dtype=tiled.compute_dtype(query), device=query.device)
     if lse.numel() == 0:
@@ -214,10 +218,6 @@ def _attend(
         call = _triton_call(query, sources, query_lengths, scale, _dropout(dropout_p, seeds, place))
         triton_attention.attend(call, out=out, lse=lse)
         return out, lse
-    if _use_flash(query, dropout_p):
-        return cpu.attend(
-            query, [_flash_source(source) for source in sources], query_lengths=query_lengths, scale=scale
-        )
     tiled.attend(
         query,
         [_engine_source(query, source) for source in sources],
@@ -284,32 +284,8 @@ def _attend_backward(
     dtype = tiled.compute_dtype(query)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     chosen = _choose(query, len(sources), backend or None).backend
-    if chosen == "triton" and source_lse.numel():
-        from . import triton_attention
-
-        made = triton_attention.attend_backward(
-            _triton_call(query, sources, query_lengths, scale, _dropout(dropout_p, seeds, place)),
-            grad_out,
-            out=out,
-            lse=source_lse,
-            grad_query=grad_query,
-            grad_keys=[torch.empty(key.shape, dtype=key.dtype, device=key.device) for key in keys],
-            grad_values=[torch.empty(value.shape, dtype=value.dtype, device=value.device) for value in values],
-            wants_bias=[source.bias is not None and wants_bias[index[4 * n + 3]] for n, source in enumerate(sources)],
-            grad_lse=None if grad_lse is None else grad_lse.contiguous(),
-        )
-        grads = [grad_query, *made.keys, *made.values]
-        for source, by_head in zip(sources, made.gates, strict=True):
-            if source.gate is not None and by_head is not None:
-                by_head = by_head if source.gate.shape == by_head.shape else by_head.sum(0)
-                grads.append(by_head.to(source.gate.dtype))
-        for source, grad in zip(sources, made.biases, strict=True):
-            if source.bias is not None:
-                grads.append(source.bias.new_empty(0) if grad is None else grad.view(source.bias.shape))
-        return grads
-    if _use_flash(query, dropout_p) and not any(wants_bias) and source_lse.numel():
+    if chosen == "torch" and _use_flash(query, dropout_p) and not any(wants_bias):
         grad_query, found = cpu.attend_backward(
             grad_out,
             query,
@@ -331,6 +307,34 @@ def _attend_backward(
             ),
             *(bias.new_empty(0) for bias in biases),
         ]
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if chosen == "triton" and source_lse.numel():
+        from . import triton_attention
+
+        made = triton_attention.attend_backward(
+            _triton_call(query, sources, query_lengths, scale, _dropout(dropout_p, seeds, place)),
+            grad_out,
+            out=out,
+            lse=source_lse,
+            grad_query=grad_query,
+            grad_keys=[torch.empty(key.shape, dtype=key.dtype, device=key.device) for key in keys],
+            grad_values=[
+                torch.empty(value.shape, dtype=value.dtype, device=value.device) for value in values
+            ],
+            wants_bias=[
+                source.bias is not None and wants_bias[index[4 * n + 3]] for n, source in enumerate(sources)
+            ],
+            grad_lse=None if grad_lse is None else grad_lse.contiguous(),
+        )
+        grads = [grad_query, *made.keys, *made.values]
+        for source, by_head in zip(sources, made.gates, strict=True):
+            if source.gate is not None and by_head is not None:
+                by_head = by_head if source.gate.shape == by_head.shape else by_head.sum(0)
+                grads.append(by_head.to(source.gate.dtype))
+        for source, grad in zip(sources, made.biases, strict=True):
+            if source.bias is not None:
+                grads.append(source.bias.new_empty(0) if grad is None else grad.view(source.bias.shape))
+        return grads
 
     def zeros(like: Tensor) -> Tensor:
         return torch.zeros(like.shape, dtype=dtype, device=like.device)
@@ -542,7 +546,7 @@ def _engine_source(query: Tensor, source: Source) -> tiled.KeySource:
 
 def _use_flash(query: Tensor, dropout_p: float) -> bool:
     # aten's flash kernel for the CPU reads strided views in place, and knows no dropout
-    return query.device.type == "cpu" and dropout_p == 0
+    return query.device.type == "cpu" and dropout_p == 0 and query.numel() > 0
 
 
 def _flash_source(source: Source) -> cpu.FlashSource:

@@ -196,16 +196,12 @@ def _attend_backward(
     valid = table.valid(lengths)
     if _use_flash(qkv):
         bias = _gate_bias(gates, table, lse.dtype)
-        by_segment = _flash_backward(
-            grad_out, qkv, out, lse, num_heads, table, valid, bias, scale, grad_qkv
-        )
+        by_segment = _flash_backward(grad_out, qkv, out, lse, num_heads, table, valid, bias, scale, grad_qkv)
         if gates is not None and by_segment is not None:
             grad_gates = (by_segment if gates.dim() == 3 else by_segment.sum(0)).to(gates.dtype)
         return grad_qkv, grad_gates
     # Several contributions to a key are summed in the compute dtype.
-    sums = torch.zeros(
-        grad_qkv[:, :, num_heads:].shape, dtype=tiled.compute_dtype(qkv), device=qkv.device
-    )
+    sums = torch.zeros(grad_qkv[:, :, num_heads:].shape, dtype=tiled.compute_dtype(qkv), device=qkv.device)
     bias = _gate_bias(gates, table, sums.dtype)
     grad_bias = None if bias is None else torch.zeros_like(bias)
     for rows, query, sources, spans in _tiled_calls(qkv, num_heads, table, valid, bias):
@@ -366,9 +362,7 @@ class _FlashCall(NamedTuple):
     is_causal: bool
 
 
-def _flash_calls(
-    qkv: Tensor, table: _Table, valid: Tensor | None, bias: Tensor | None
-) -> list[_FlashCall]:
+def _flash_calls(qkv: Tensor, table: _Table, valid: Tensor | None, bias: Tensor | None) -> list[_FlashCall]:
     """Return the calls of the flash kernel which together cover every visible (query, key) pair once.
 
     No key is in two calls. A second call has the causal segment alone; its queries are in the first one too.
@@ -395,9 +389,7 @@ def _flash_calls(
     ]
 
 
-def _flash(
-    qkv: Tensor, num_heads: int, call: _FlashCall, scale: float
-) -> tuple[Tensor, Tensor]:
+def _flash(qkv: Tensor, num_heads: int, call: _FlashCall, scale: float) -> tuple[Tensor, Tensor]:
     """Return the call's output (B, rows, H, D) and log-sum-exp (B, rows, H)."""
     query, key, value = _views(qkv, num_heads)
     group = num_heads // key.shape[2]

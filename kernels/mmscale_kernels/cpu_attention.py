@@ -1,0 +1,464 @@
+"""Attention over several sources on the CPU, by PyTorch's own flash kernel: one call a source, or a few.
+
+The kernel (`aten::_scaled_dot_product_flash_attention_for_cpu`) returns the log-sum-exp of every query, so sources are
+joined after it: with x_s the log-sum-exp of source s and x their joint one, out = sum over s of exp(x_s - x) * out_s. Its
+backward pass takes (out, x) and recomputes probabilities from x; handed the joint out and x less the source's gate, it
+yields this source's share of the joint gradients. So no keys are concatenated, and a mask is made only where a bias or
+many short samples of unequal lengths need one.
+
+Three things the kernel doesn't know are had without it:
+
+- Lengths. Samples of equal lengths share a call on slices that leave the padding out. Where a call for each costs more
+  than the padding, one call runs over all with a mask, on copies of the keys whose padding is 0 (0 * NaN is NaN).
+- A causal source with more keys than queries: the keys that all queries see, in one call, and the rest, on the diagonal
+  that the kernel knows, in another.
+- The gradient of a gate, the sum of dS = P * (dP - delta) over a source's keys and all queries. Over queries alone, P * dP
+  sums to V . dV; so the gate's gradient is the sum of V . dV less that of delta times the source's share of attention.
+
+A gradient of the log-sum-exps themselves shifts delta (the row sum of dO * out) of a source by -c. It goes in by one more
+column of the heads, 1 in dO and -c in out.
+
+The trade-off: the kernel has no dropout and no gradient of a bias; `tiled_attention` has both. The functions here trust
+their arguments; the operators check them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tiled_attention import compute_dtype
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# Products (logits times width) that are worth a call of their own: about 30 us of work.
+_WORTH_A_CALL = 1 << 20
+# Finite, so that rows whose every key a bias hides have a log-sum-exp that tells them apart.
+_HIDDEN = -1e30
+# exp(x - x_s) * dx_s beyond this no longer shares a call with the joint gradients: fp32 ends at 3e38, and sums follow.
+_MOST_SHIFT = 1e25
+
+
+class FlashSource(NamedTuple):
+    """key, value: (B, Lk, Hkv, D). lengths, starts: (B,). gate: (1 or B, H). bias: 4 sizes, each 1 or full."""
+
+    key: Tensor
+    value: Tensor
+    lengths: Tensor | None
+    starts: Tensor | None
+    gate: Tensor | None
+    bias: Tensor | None
+    causal: bool
+
+
+class FlashGradients(NamedTuple):
+    """Of a source's key and value, in their dtype; of its gate by sample and head, (B, H), in the compute dtype."""
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block of queries and keys for one call of the kernel (one a member of a group, with grouped queries)."""
+
+    samples: slice
+    queries: slice
+    keys: slice
+    causal: bool  # query i of the block sees keys up to i of the block
+    whole_rows: bool  # all samples and queries
+    whole_keys: bool  # all samples and keys
+    again: bool  # an earlier part of this source has the same queries
+    valid: Tensor | None  # (samples, keys) bool
+    rows: Tensor | None  # (samples, queries) bool
+
+
+def is_direct(tensors: Sequence[Tensor]) -> bool:
+    """Say whether an operator's CPU form may be called without the operator.
+
+    Custom operators cost some 300 us a call in PyTorch's Python, more than attention over some dozen tokens. Whatever
+    looks at operators (compilers, fake tensors, dispatch modes, function transforms, subclasses) still sees them.
+    """
+    return (
+        all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def attend(
+    query: Tensor, sources: Sequence[FlashSource], *, query_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, Lq, H, D) and the log-sum-exp of each source, (B, Lq, H, S), for query (B, Lq, H, D)."""
+    rows = None if query_lengths is None else query_lengths.tolist()
+    results = [_attend_source(query, source, rows, scale) for source in sources]
+    if len(results) == 1:
+        out, log = results[0]
+        return out, log.unsqueeze(-1)
+    lse = torch.stack([log for _, log in results], -1)
+    shares = lse.softmax(-1)
+    shares.masked_fill_((lse == -math.inf).all(-1, keepdim=True), 0.0)
+    dtype = lse.dtype
+    total = results[0][0].to(dtype).mul_(shares[..., :1])
+    for number, (part, _) in enumerate(results[1:], 1):
+        total.addcmul_(part.to(dtype), shares[..., number : number + 1])
+    return total.to(query.dtype), lse
+
+
+def attend_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    sources: Sequence[FlashSource],
+    *,
+    query_lengths: Tensor | None,
+    scale: float,
+    out: Tensor,
+    source_lse: Tensor,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, list[FlashGradients]]:
+    """Return the gradients of query and of the sources.
+
+    grad_out, out: (B, Lq, H, D); source_lse and its gradient: (B, Lq, H, S).
+    """
+    dtype = compute_dtype(query)
+    rows = None if query_lengths is None else query_lengths.tolist()
+    joint = source_lse[..., 0] if len(sources) == 1 else source_lse.logsumexp(-1)
+    if query_lengths is not None or any(_may_see_nothing(query, source) for source in sources):
+        # A query that sees nothing: exp(logit - inf) is 0 whatever arrives here.
+        joint = joint.masked_fill(joint == -math.inf, math.inf)
+    delta = None
+    if any(source.gate is not None for source in sources):
+        delta = _row_dots(grad_out, out)
+    query_sum = _Sum(query, dtype)
+    gradients = []
+    for number, source in enumerate(sources):
+        own = source_lse[..., number]
+        key_sum, value_sum = _Sum(source.key, dtype), _Sum(source.value, dtype)
+        gate = None if source.gate is None else torch.zeros(query.shape[0], query.shape[2], dtype=dtype)
+        pull = None if grad_lse is None else grad_lse[..., number].masked_fill(own == -math.inf, 0.0)
+        runs: list[tuple[Tensor, Tensor | None, bool]] = [(joint, None, True)]
+        if pull is not None:
+            shift = (
+                torch.exp(joint - own).mul_(pull).masked_fill_((own == -math.inf) | (joint == math.inf), 0.0)
+            )
+            if bool(shift.abs().amax() <= _MOST_SHIFT):
+                runs = [(joint, shift, True)]
+            else:  # next to no share: its log-sum-exp gets gradients from calls with probabilities of its own
+                runs.append((own.masked_fill(own == -math.inf, math.inf), pull, False))
+        for log, shift, has_out in runs:
+            if source.gate is not None:
+                log = log - source.gate[:, None]  # a gate of -inf makes it inf: no key of the source counts
+            for part in _parts(query, source, rows, scale):
+                _backward_part(
+                    part, grad_out if has_out else None, query, source, scale, out, log, shift,
+                    query_sum, key_sum, value_sum, gate,
+                )  # fmt: skip
+        if gate is not None:
+            assert delta is not None
+            share = torch.exp(own - joint)
+            if rows is not None:
+                share = share.masked_fill(~_below(rows, query.shape[1])[..., None], 0.0)
+            terms = delta.masked_fill(share == 0, 0.0).mul_(share).neg_()
+            gate += (terms if pull is None else terms.add_(pull)).sum(1)
+        gradients.append(FlashGradients(key_sum.result(), value_sum.result(), gate))
+    return query_sum.result(), gradients
+
+
+class _Sum:
+    """A gradient of the shape of `like` that several blocks add to, without a pass for a block that covers it all."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like, self.dtype = like, dtype
+        self.total: Tensor | None = None
+
+    def add(self, grad: Tensor, *, whole: bool, samples: slice, steps: slice, heads: slice | None) -> None:
+        """Add grad (samples, heads, steps, D)."""
+        grad = grad.transpose(1, 2)
+        if whole and heads is None:
+            # A lone block stays in its dtype; a second one finds the sum in the compute dtype.
+            self.total = grad if self.total is None else self.total.to(self.dtype).add_(grad)
+            return
+        if self.total is None:
+            self.total = torch.zeros(self.like.shape, dtype=self.dtype)
+        self.total = self.total.to(self.dtype)
+        self.total[samples, steps, slice(None) if heads is None else heads] += grad
+
+    def result(self) -> Tensor:
+        """Return the sum in the dtype of the tensor that it is the gradient of."""
+        if self.total is None:
+            return torch.zeros(self.like.shape, dtype=self.like.dtype)
+        return self.total.to(self.like.dtype).contiguous()
+
+
+def _attend_source(
+    query: Tensor, source: FlashSource, rows: list[int] | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the softmax over one source, (B, Lq, H, D), and its log-sum-exp with the gate, (B, Lq, H)."""
+    out = log = None
+    for part in _parts(query, source, rows, scale):
+        for members in _members(query, source.key):
+            block = _Block.of(part, query, source, members, clean_queries=False)
+            part_out, part_log = flash(
+                block.query, block.key, block.value, 0.0, part.causal, attn_mask=block.mask, scale=scale
+            )
+            part_out, part_log = part_out.transpose(1, 2), part_log.transpose(1, 2)
+            # The kernel calls the log-sum-exp of no key 0.
+            dead = None
+            if part.valid is not None:
+                dead = ~part.valid.any(1)[:, None, None]
+            if source.bias is not None:
+                hidden = part_log < _HIDDEN / 10
+                dead = hidden if dead is None else dead | hidden
+            if part.rows is not None:
+                dead = ~part.rows[..., None] if dead is None else dead | ~part.rows[..., None]
+            if dead is not None:
+                part_out = part_out.masked_fill(dead[..., None], 0.0)
+                part_log = part_log.masked_fill(dead, -math.inf)
+            if part.whole_rows and members is None and not part.again:
+                out, log = part_out, part_log
+                continue
+            if out is None or log is None:
+                out = torch.zeros(query.shape, dtype=query.dtype)
+                log = torch.full(query.shape[:3], -math.inf, dtype=part_log.dtype)
+            heads = slice(None) if members is None else members
+            into, into_log = (x[part.samples, part.queries, heads] for x in (out, log))
+            if part.again:
+                join(into, into_log, part_out, part_log)
+            else:
+                into.copy_(part_out)
+                into_log.copy_(part_log)
+    if out is None or log is None:
+        out = torch.zeros(query.shape, dtype=query.dtype)
+        log = torch.full(query.shape[:3], -math.inf, dtype=compute_dtype(query))
+    out, log = out.contiguous(), log.contiguous()
+    return out, log if source.gate is None else log.add_(source.gate[:, None])
+
+
+def join(out: Tensor, log: Tensor, part_out: Tensor, part_log: Tensor) -> None:
+    """Join the softmax over some keys (out, its log-sum-exp) with that over others, in place of the first."""
+    joint = torch.logaddexp(log, part_log)
+    finite = joint.masked_fill(joint == -math.inf, 0.0)
+    first, second = (torch.exp(x - finite).unsqueeze(-1) for x in (log, part_log))
+    if out.dtype == joint.dtype:
+        out.mul_(first).addcmul_(part_out, second)
+    else:
+        out.copy_((out * first).addcmul_(part_out.to(joint.dtype), second))
+    log.copy_(joint)
+
+
+def _backward_part(
+    part: _Part,
+    grad_out: Tensor | None,
+    query: Tensor,
+    source: FlashSource,
+    scale: float,
+    out: Tensor,
+    log: Tensor,
+    shift: Tensor | None,
+    query_sum: _Sum,
+    key_sum: _Sum,
+    value_sum: _Sum,
+    gate: Tensor | None,
+) -> None:
+    """Add a part's gradients; grad_out None = 0 (then only `shift` has any)."""
+    for members in _members(query, source.key):
+        block = _Block.of(part, query, source, members, clean_queries=True)
+        heads = slice(None) if members is None else members
+        q, k, v = block.query, block.key, block.value
+        where = (part.samples, part.queries, heads)
+        part_log = log[where].transpose(1, 2)
+        width = q.shape[-1]
+        if grad_out is None:
+            arrived = kept = torch.zeros_like(q)
+        else:
+            arrived, kept = grad_out[where].transpose(1, 2), out[where].transpose(1, 2)
+            if part.rows is not None:
+                arrived = arrived.masked_fill(~part.rows[:, None, :, None], 0.0)
+        if part.rows is not None:
+            part_log = part_log.masked_fill(~part.rows[:, None], math.inf)
+        if shift is not None:
+            q, k, v, arrived, kept = (_widened(x, part_log.dtype) for x in (q, k, v, arrived, kept))
+            arrived[..., width] = 1.0
+            torch.neg(shift[where].transpose(1, 2), out=kept[..., width])
+        grad_query, grad_key, grad_value = flash_backward(
+            arrived, q, k, v, kept, part_log, 0.0, part.causal, attn_mask=block.mask, scale=scale
+        )
+        if shift is not None:
+            grad_query, grad_key, grad_value = (x[..., :width] for x in (grad_query, grad_key, grad_value))
+        query_sum.add(
+            grad_query, whole=part.whole_rows, samples=part.samples, steps=part.queries, heads=members
+        )
+        # Members of a group share the keys, and so all add to the whole of their heads.
+        every = None if members is None else slice(None)
+        for total, grad in ((key_sum, grad_key), (value_sum, grad_value)):
+            total.add(grad, whole=part.whole_keys, samples=part.samples, steps=part.keys, heads=every)
+        if gate is not None and grad_out is not None:
+            gate[part.samples, heads] += _sum_of_product(block.value, grad_value, gate.dtype)
+
+
+class _Block(NamedTuple):
+    query: Tensor  # (samples, heads, queries, D)
+    key: Tensor  # (samples, Hkv, keys, D)
+    value: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(
+        cls, part: _Part, query: Tensor, source: FlashSource, members: slice | None, *, clean_queries: bool
+    ) -> _Block:
+        """Cut a part out of its tensors: views, but for padding that no slice leaves out."""
+        heads = slice(None) if members is None else members
+        q = query[part.samples, part.queries, heads]
+        key, value = source.key[part.samples, part.keys], source.value[part.samples, part.keys]
+        mask = None
+        if source.bias is not None:
+            places = (part.samples, heads, part.queries, part.keys)
+            mask = source.bias[
+                tuple(
+                    slice(None) if size == 1 else place
+                    for size, place in zip(source.bias.shape, places, strict=True)
+                )
+            ]
+            mask = mask.to(compute_dtype(query)).clamp_min(_HIDDEN)
+        if part.valid is not None:
+            key, value = (x.masked_fill(~part.valid[:, :, None, None], 0.0) for x in (key, value))
+            hidden = torch.zeros(part.valid.shape, dtype=compute_dtype(query))
+            hidden = hidden.masked_fill_(~part.valid, -math.inf)[:, None, None]
+            mask = hidden if mask is None else mask + hidden
+        if part.rows is not None and clean_queries:
+            q = q.masked_fill(~part.rows[:, :, None, None], 0.0)
+        return cls(q.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
+
+
+def _members(query: Tensor, key: Tensor) -> list[slice | None]:
+    """Return the heads of query that share no key head, a slice for each member of a group; [None] = all."""
+    group = query.shape[2] // key.shape[2]
+    return [None] if group == 1 else [slice(member, None, group) for member in range(group)]
+
+
+def _parts(query: Tensor, source: FlashSource, rows: list[int] | None, scale: float) -> Iterator[_Part]:
+    """Yield blocks that cover every visible (query, key) pair once, the queries of each source's samples in order."""
+    batch, num_queries, heads, width = query.shape
+    size = source.key.shape[1]
+    if source.lengths is None and source.starts is None and rows is None:
+        yield from _diagonal(query, source, slice(0, batch), (0, size, num_queries), None, None, whole=True)
+        return
+    begins = [0] * batch if source.starts is None else source.starts.tolist()
+    ends = [size] * batch
+    if source.lengths is not None:
+        ends = [begin + length for begin, length in zip(begins, source.lengths.tolist(), strict=True)]
+    limits = rows if rows is not None else [num_queries] * batch
+    ranges = list(zip(begins, ends, limits, strict=True))
+    runs: list[tuple[int, int]] = []
+    for number, here in enumerate(ranges):
+        if runs and ranges[runs[-1][0]] == here:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    filled = [x for x in ranges if x[1] > x[0] and x[2] > 0]
+    if not filled:
+        return
+    low, high, most = min(x[0] for x in filled), max(x[1] for x in filled), max(x[2] for x in filled)
+    if len(runs) > 1:
+        spared = batch * most * (high - low) - sum((stop - start) * end for start, stop, end in filled)
+        worth = spared * heads * width >= _WORTH_A_CALL * len(runs)
+        # A mask with a place for every query would be larger than the bias that asks for it.
+        square = source.bias is not None and source.bias.shape[2] > 1
+        slanted = source.causal and any(x[0] != low for x in filled)
+        idle = heads < torch.get_num_threads()
+        if not (square or slanted or (worth and not idle)):
+            places = torch.arange(low, high)
+            valid = None
+            if any(x[:2] != (low, high) for x in ranges):
+                valid = (places >= torch.tensor(begins)[:, None]) & (places < torch.tensor(ends)[:, None])
+            given = None if rows is None else _below(rows, most)
+            yield from _diagonal(query, source, slice(0, batch), (low, high, most), valid, given)
+            return
+    for start, stop in runs:
+        yield from _diagonal(query, source, slice(start, stop), ranges[start], None, None)
+
+
+def _diagonal(
+    query: Tensor,
+    source: FlashSource,
+    samples: slice,
+    spans: tuple[int, int, int],
+    valid: Tensor | None,
+    rows: Tensor | None,
+    *,
+    whole: bool = False,
+) -> Iterator[_Part]:
+    """Yield the parts of some samples: keys begin .. end, queries 0 .. limit."""
+    batch, num_queries = query.shape[:2]
+    size = source.key.shape[1]
+    begin, end, limit = spans
+
+    def part(first: int, start: int, stop: int, causal: bool, again: bool = False) -> _Part:
+        every = whole or (samples.stop - samples.start == batch)
+        return _Part(
+            samples,
+            slice(first, limit),
+            slice(start, stop),
+            causal,
+            whole_rows=every and first == 0 and limit == num_queries,
+            whole_keys=every and start == 0 and stop == size,
+            again=again,
+            valid=None if valid is None else valid[:, start - begin : stop - begin],
+            rows=None if rows is None else rows[:, first:],
+        )
+
+    first = 0
+    if source.causal:
+        shift = size - num_queries - begin  # query i sees keys begin .. begin + i + shift
+        first = max(0, -shift)
+        end = min(end, begin + limit + shift)
+        if first < limit and begin < end:
+            ahead = first + shift  # keys before the one where the diagonal starts: all queries see them
+            if first + 1 == limit:
+                yield part(first, begin, min(end, begin + ahead + 1), causal=False)
+                return
+            if ahead > 0:
+                yield part(first, begin, min(end, begin + ahead), causal=False)
+            if begin + ahead < end:
+                yield part(first, begin + ahead, end, causal=True, again=ahead > 0)
+        return
+    if limit > 0 and begin < end:
+        yield part(0, begin, end, causal=False)
+
+
+def _may_see_nothing(query: Tensor, source: FlashSource) -> bool:
+    known = (source.lengths, source.starts, source.gate, source.bias)
+    fewer = source.key.shape[1] < query.shape[1] if source.causal else source.key.shape[1] == 0
+    return fewer or any(x is not None for x in known)
+
+
+def _below(counts: list[int], size: int) -> Tensor:
+    """Return which of `size` places lie below each count, (B, size) bool."""
+    return torch.arange(size) < torch.tensor(counts)[:, None]
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copy with one column more, and as many as make the width a multiple of 8, all 0."""
+    *shape, width = tensor.shape
+    wide = torch.zeros(*shape, -(-(width + 1) // 8) * 8, dtype=dtype)
+    wide[..., :width] = tensor
+    return wide
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum over D of a * b, in the compute dtype."""
+    dtype = compute_dtype(a)
+    return (a.to(dtype) * b.to(dtype)).sum(-1)
+
+
+def _sum_of_product(value: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over keys and D of value * grad, (samples, heads)."""
+    return (value.to(dtype) * grad.to(dtype)).sum((2, 3))
