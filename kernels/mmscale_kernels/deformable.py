@@ -1,15 +1,15 @@
 """Multi-scale deformable attention: each query looks at a few learned places of each feature map.
 
 As in Deformable DETR (Zhu et al., 2021, equation 3): every head samples `points` places a level by bilinear
-interpolation, zero outside the map,
-and sums them with its weights::
+interpolation, zero outside the map, and sums them with its weights::
 
     out = deformable_attention(value, [(32, 32), (16, 16)], sampling_locations, attention_weights)
 
-The "torch" backend treats a bilinear sample as a weighted bag of four rows of `value`, so that nothing of
-size (B, Lq, H, levels, points, D) is ever
-made, which the usual grid_sample form ("reference") does. The trade-off: four indices and weights are built
-for each sampled point.
+The "triton" backend samples and sums in one kernel, and sorts the points by the pixels they fall between for the
+gradient of `value`, which so needs no atomics (see `triton_deformable`). The "torch" backend treats a bilinear sample
+as a weighted bag of four rows of `value`. Neither makes anything of size (B, Lq, H, levels, points, D), as the usual
+grid_sample form ("reference") does. The trade-off: the torch form builds four indices and weights for each sampled
+point, the Triton form's backward pass 20 bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from torch import Tensor
 from .dispatch import Decision, choose, register_decision
 from .tiled_attention import compute_dtype
 
-_NO_TRITON = "there are no kernels for it; gathers dominate, and the torch form makes few of them"
+# The Triton kernels hold a row of a head in registers, and count points and pixels in 32 bits.
+_MAX_WIDTH = 256
+_MAX_COUNT = 2**31 - 2**16
 
 
 def deformable_attention(
@@ -38,14 +40,15 @@ def deformable_attention(
     """Sample value at sampling_locations and sum with attention_weights.
 
     value: (B, sum(h * w), H, D), the levels one after the other, each row by row; fp64, fp32, bf16 or fp16.
+        The Triton form reads any strides in place if D has a unit one.
     spatial_shapes: (h, w) of each level.
     sampling_locations: (B, Lq, H, levels, points, 2), (x, y) in units of the map, 0 .. 1; outside of it
         value is 0.
     attention_weights: (B, Lq, H, levels, points), usually a softmax over levels and points.
 
     Returns (B, Lq, H * D) of value's dtype, computed in fp32 (fp64 for fp64); differentiable in the three
-    tensors.
-    Raises ValueError on bad input, and for backend="triton", which there is none of.
+    tensors, and the same bits in every run of the Triton form.
+    Raises ValueError on bad input, and for backend="triton" where that can't run, or value is fp64 or D above 256.
     """
     shapes = [tuple(shape) for shape in spatial_shapes]
     if backend == "reference":
@@ -64,7 +67,18 @@ def _decide(
     backend: str | None = None,
 ) -> Decision:
     _check(value, [tuple(shape) for shape in spatial_shapes], sampling_locations, attention_weights)
-    return choose("deformable_attention", backend, value.device, _NO_TRITON)
+    return _choose(value, attention_weights, backend)
+
+
+def _choose(value: Tensor, weights: Tensor, backend: str | None) -> Decision:
+    refusal = None
+    if value.dtype == torch.float64:
+        refusal = "the kernels sum in fp32, and value is fp64"
+    elif value.shape[3] > _MAX_WIDTH:
+        refusal = f"the kernels cover D up to {_MAX_WIDTH}, and D is {value.shape[3]}"
+    elif weights.numel() > _MAX_COUNT or value.numel() // max(value.shape[3], 1) > _MAX_COUNT:
+        refusal = "the kernels count sampled points and pixels in 32 bits"
+    return choose("deformable_attention", backend, value.device, refusal)
 
 
 register_decision(deformable_attention, _decide)
@@ -76,10 +90,15 @@ def _deformable(
 ) -> Tensor:
     """Return (B, Lq, H * D). shapes: h, w, h, w, ..."""
     _check(value, _pairs(shapes), locations, weights)
-    choose("deformable_attention", backend or None, value.device, _NO_TRITON)
+    chosen = _choose(value, weights, backend or None).backend
     batch, queries, heads = weights.shape[:3]
     if weights.numel() == 0 or value.numel() == 0:
         return value.new_zeros(batch, queries, heads * value.shape[3])
+    if chosen == "triton":
+        from . import triton_deformable
+
+        with torch.cuda.device_of(value):
+            return triton_deformable.forward(value, _sizes(shapes, value.device), locations, weights)
     corners, bilinear, _, _ = _corners(value, shapes, locations)
     bags = (bilinear * weights.to(bilinear.dtype)[..., None]).flatten()
     rows = value.to(bilinear.dtype).reshape(-1, value.shape[3])
@@ -96,12 +115,20 @@ def _(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor, 
 
 @torch.library.custom_op("mmscale_kernels::deformable_attention_backward", mutates_args=())
 def _deformable_backward(
-    grad_out: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
+    grad_out: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of value, locations and weights."""
     if weights.numel() == 0 or value.numel() == 0:
         grads = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (value, locations, weights))
         return next(grads), next(grads), next(grads)
+    if _choose(value, weights, backend or None).backend == "triton":
+        from . import triton_deformable
+
+        num_cells = sum((height + 1) * (width + 1) for height, width in _pairs(shapes))
+        with torch.cuda.device_of(value):
+            return triton_deformable.backward(
+                grad_out, value, _sizes(shapes, value.device), locations, weights, num_cells=num_cells
+            )
     corners, bilinear, slope_x, slope_y = _corners(value, shapes, locations)
     dtype = bilinear.dtype
     wide_weights = weights.to(dtype)
@@ -131,21 +158,21 @@ def _deformable_backward(
 
 @_deformable_backward.register_fake
 def _(
-    grad_out: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
+    grad_out: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (value, locations, weights))
     return next(grads), next(grads), next(grads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, ctx.shapes, locations, weights, _ = inputs
+    value, ctx.shapes, locations, weights, ctx.backend = inputs
     ctx.save_for_backward(value, locations, weights)
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     value, locations, weights = ctx.saved_tensors
     grad_value, grad_locations, grad_weights = _deformable_backward(
-        grad_out, value, ctx.shapes, locations, weights
+        grad_out, value, ctx.shapes, locations, weights, ctx.backend
     )
     return grad_value, None, grad_locations, grad_weights, None
 
@@ -165,7 +192,7 @@ def _corners(
     batch, _, heads = locations.shape[:3]
     num_rows = value.shape[1]
     device = locations.device
-    sizes = torch.tensor(_pairs(shapes), device=device)  # (levels, 2)
+    sizes = _sizes(shapes, device).long()
     areas = sizes.prod(1)
     begin = (areas.cumsum(0) - areas).view(-1, 1, 1)
     height, width = (sizes[:, i].view(-1, 1) for i in (0, 1))
@@ -177,7 +204,7 @@ def _corners(
     right_part, bottom_part = x - left, y - top
     across = torch.stack((1 - right_part, right_part), -1)
     down = torch.stack((1 - bottom_part, bottom_part), -1)
-    sign = across.new_tensor([-1.0, 1.0])
+    sign = torch.arange(-1, 2, 2, device=device)
     columns = left.long()[..., None] + torch.arange(2, device=device)
     lines = top.long()[..., None] + torch.arange(2, device=device)
     inside_x = (columns >= 0) & (columns < width[..., None])
@@ -202,6 +229,13 @@ def _offsets(corners: Tensor) -> Tensor:
     """Return where the bag of each (sample, query, head) begins."""
     size = corners[0, 0, 0].numel()
     return torch.arange(0, corners.numel(), size, device=corners.device)
+
+
+def _sizes(shapes: Sequence[int], device: torch.device) -> Tensor:
+    """Return the levels' (h, w) as a (levels, 2) int32 tensor, without the copy that would wait for the device."""
+    return torch.stack([torch.full((), size, dtype=torch.int32, device=device) for size in shapes]).view(
+        -1, 2
+    )
 
 
 def _pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
