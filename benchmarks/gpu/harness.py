@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gpu.worker import Fatal
 from torch import Tensor
+
+from gpu.worker import Fatal
 
 Tensors = dict[str, Any]  # name -> Tensor, list of tensors, or None
 Emit = Callable[..., None]
@@ -306,6 +307,8 @@ def errors_of(
 def run_case(setting: Setting, case: Case, emit: Emit) -> None:
     """Measure one case and emit its rows. A contender that fails is recorded and left out; `Fatal` ends the process."""
     torch._dynamo.reset()
+    # Two sizes, with and without gradients, for each of several contenders that share a compiled function.
+    torch._dynamo.config.recompile_limit = 64
     failed: set[str] = set()
 
     def fail(name: str, step: str, error: BaseException) -> None:
@@ -373,6 +376,7 @@ def run_case(setting: Setting, case: Case, emit: Emit) -> None:
                 sizes=sizes,
                 num_copies=len(copies),
                 device=setting.device.type,
+                dtype=str(flat(first)[0][1].dtype).removeprefix("torch."),
                 tiny=setting.smoke,
                 note=contender.note,
                 **case.about,

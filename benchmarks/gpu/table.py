@@ -42,7 +42,8 @@ def table(lines: Iterable[dict[str, Any]]) -> str:
         ]
         if machine.get("commit"):
             parts.append(f"commit {machine['commit'][:12]}{' with changes' if machine.get('dirty') else ''}")
-        out.append("; ".join(parts))
+        if "; ".join(parts) not in out:  # each worker says it
+            out.append("; ".join(parts))
     for ceiling in by_kind.get("ceiling", []):
         out.append(f"{ceiling['name']}: {number(ceiling['value'])} {ceiling['unit']}")
     for tests in by_kind.get("tests", []):
