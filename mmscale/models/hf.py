@@ -254,7 +254,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query (B, H, Lq, D), key, value (B, Hkv, Lk, D); out (B, Lq, H, D)."""
     layer = type(module).__name__
-    _refuse(layer, kwargs | _recorded())
+    _refuse(layer, kwargs)
+    _refuse(layer, {"output_attentions": _is_recorded()})
     num_queries = query.shape[2]
     bias = valid = None
     if attention_mask is None:
@@ -302,17 +303,15 @@ def _attend(
     return out, None
 
 
-def _recorded() -> dict[str, Any]:
-    """Return the wish for attention weights that transformers keeps to itself, if a caller of the model has it.
+def _is_recorded() -> bool:
+    """Return whether transformers records the attention weights that layers return.
 
-    Most models don't pass `output_attentions` on: transformers picks up what the layers return, and would come back
-    with none.
+    Most models don't pass `output_attentions` on to their layers, and would come back with none.
     """
     from transformers.utils import output_capturing
 
     recorder = output_capturing._active_collector.get()
-    wanted = recorder is not None and not {"attentions", "cross_attentions"}.isdisjoint(recorder)
-    return {"output_attentions": wanted}
+    return recorder is not None and not {"attentions", "cross_attentions"}.isdisjoint(recorder)
 
 
 def _refuse(layer: str, kwargs: dict[str, Any]) -> None:
@@ -322,11 +321,12 @@ def _refuse(layer: str, kwargs: dict[str, Any]) -> None:
         what = REFUSED.get(name)
         if what is None:
             raise UserError(
-                f"{layer}: it passes {name} ({type(argument).__name__}) to its attention, "
-                "which mmscale's doesn't know; use another for this model"
+                f"{layer}: it passes {name} ({type(argument).__name__}) to its attention, which mmscale's doesn't "
+                "know; this model needs another attn_implementation"
             )
         raise UserError(
-            f"{layer}: {name} asks for {what}, which mmscale's attention doesn't have; use \"eager\" for this model"
+            f"{layer}: {name} asks for {what}, which mmscale's attention doesn't have; "
+            "this model needs another attn_implementation"
         )
 
 
@@ -421,6 +421,8 @@ def _make_mask(
     )  # fmt: skip
     if mask_function not in (causal_function, open_function):
         mask_function = _plain_function(dense, mask_function, use_vmap, kv_length, local_size)
+    if attention_mask is not None and attention_mask.dim() in (CAUSAL_DIMS, OPEN_DIMS):
+        return attention_mask  # generation with a static cache has asked us before the model does
     if attention_mask is not None and attention_mask.dim() != 2:
         raise UserError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it needs (B, L) or (B, 1 or H, Lq, Lk)"
