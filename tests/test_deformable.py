@@ -1,10 +1,15 @@
-"""deformable_attention on the CPU: its two forms, transformers' Deformable DETR, and finite differences."""
+"""deformable_attention on the CPU: its torch form, the reference, transformers' Deformable DETR, finite differences.
+
+The Triton kernels are tested in test_triton_deformable.py.
+"""
 
 import math
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from mmscale_kernels.deformable import _deformable, deformable_attention
 from mmscale_kernels.dispatch import explain
 from torch import Tensor
@@ -26,6 +31,56 @@ def results(value: Tensor, locations: Tensor, weights: Tensor, **options: Any) -
     out = deformable_attention(value, SHAPES, locations, weights, **options)
     grads = torch.autograd.grad(out.square().sum(), [value, locations, weights])
     return [out.detach(), *grads]
+
+
+SIZE = st.integers(1, 4)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes, and how far the locations reach beyond the maps, in maps."""
+    return {
+        "shapes": draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4)),
+        "batch": draw(SIZE), "queries": draw(st.integers(0, 6)), "heads": draw(SIZE), "points": draw(SIZE),
+        "width": draw(st.integers(1, 9)), "reach": draw(st.sampled_from([0.0, 0.5, 3.0])),
+        "seed": draw(st.integers(0, 2**16)),
+    }  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(calls())
+@example(
+    {
+        "shapes": [(1, 1)] * 3,
+        "batch": 1,
+        "queries": 1,
+        "heads": 1,
+        "points": 1,
+        "width": 1,
+        "reach": 3.0,
+        "seed": 0,
+    }
+)
+def test_the_two_forms_agree_on_any_sizes(call: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(call["seed"])
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    shapes, reach = call["shapes"], call["reach"]
+    rows = sum(height * width for height, width in shapes)
+    places = (call["batch"], call["queries"], call["heads"], len(shapes), call["points"])
+    tensors = [
+        rand(call["batch"], rows, call["heads"], call["width"]) - 0.5,
+        rand(*places, 2) * (1 + 2 * reach) - reach,
+        rand(*places),
+    ]
+    both = []
+    for backend in ("torch", "reference"):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = deformable_attention(leaves[0], shapes, *leaves[1:], backend=backend)
+        both.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    assert_same(*both)
 
 
 def assert_same(got: list[Tensor], wanted: list[Tensor], tolerance: float = EXACT) -> None:

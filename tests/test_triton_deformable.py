@@ -130,6 +130,9 @@ else:
         tensors[1][..., 0] = far.view(1, 5, 1, 1, 1)
         assert all((x == 0).all() for x in results(tensors, shapes))
 
+    @pytest.mark.filterwarnings(
+        "error:invalid value encountered in cast"
+    )  # numpy's, where a NaN is turned into an integer
     def test_nan_is_not_hidden() -> None:
         shapes = [(2, 2)]
         tensors = make(shapes, batch=1, queries=3, heads=1, points=2, width=4)
@@ -189,11 +192,17 @@ else:
         assert ran == [1]
 
     @pytest.mark.parametrize(
-        ("dtype", "width", "reason"), [(torch.float64, 2, "fp64"), (torch.float32, 257, "D is 257")]
+        ("dtype", "width", "queries", "reason"),
+        [
+            (torch.float64, 2, 1, "fp64"),
+            (torch.float32, 257, 1, "D is 257"),
+            (torch.float32, 2, 2**31, "in 32 bits"),
+        ],
     )
-    def test_what_is_not_covered_is_said(dtype: torch.dtype, width: int, reason: str) -> None:
-        tensors = make([(1, 1)], batch=1, queries=1, heads=1, points=1, width=width)
-        arguments = (tensors[0].to(dtype), [(1, 1)], *tensors[1:3])
+    def test_what_is_not_covered_is_said(dtype: torch.dtype, width: int, queries: int, reason: str) -> None:
+        value, locations, weights, _ = make([(1, 1)], batch=1, queries=1, heads=1, points=1, width=width)
+        many = [x.expand(-1, queries, *x.shape[2:]) for x in (locations, weights)]
+        arguments = (value.to(dtype), [(1, 1)], *many)
         decision = explain(deformable_attention, *arguments)
         assert decision.backend == "torch"
         assert reason in dict(decision.passed_over)["triton"]

@@ -76,8 +76,8 @@ def _choose(value: Tensor, weights: Tensor, backend: str | None) -> Decision:
         refusal = "the kernels sum in fp32, and value is fp64"
     elif value.shape[3] > _MAX_WIDTH:
         refusal = f"the kernels cover D up to {_MAX_WIDTH}, and D is {value.shape[3]}"
-    elif weights.numel() > _MAX_COUNT or value.numel() // max(value.shape[3], 1) > _MAX_COUNT:
-        refusal = "the kernels count sampled points and pixels in 32 bits"
+    elif max(weights.numel(), value.shape[:3].numel(), 4 * value.shape[1]) > _MAX_COUNT:
+        refusal = "the kernels count sampled points, and the cells between pixels, in 32 bits"
     return choose("deformable_attention", backend, value.device, refusal)
 
 
@@ -204,7 +204,7 @@ def _corners(
     right_part, bottom_part = x - left, y - top
     across = torch.stack((1 - right_part, right_part), -1)
     down = torch.stack((1 - bottom_part, bottom_part), -1)
-    sign = torch.arange(-1, 2, 2, device=device)
+    sign = torch.arange(-1, 2, 2, dtype=across.dtype, device=device)
     columns = left.long()[..., None] + torch.arange(2, device=device)
     lines = top.long()[..., None] + torch.arange(2, device=device)
     inside_x = (columns >= 0) & (columns < width[..., None])
@@ -233,9 +233,8 @@ def _offsets(corners: Tensor) -> Tensor:
 
 def _sizes(shapes: Sequence[int], device: torch.device) -> Tensor:
     """Return the levels' (h, w) as a (levels, 2) int32 tensor, without the copy that would wait for the device."""
-    return torch.stack([torch.full((), size, dtype=torch.int32, device=device) for size in shapes]).view(
-        -1, 2
-    )
+    sizes = [torch.full((), size, dtype=torch.int32, device=device) for size in shapes]
+    return torch.stack(sizes).view(-1, 2)
 
 
 def _pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
@@ -252,12 +251,12 @@ def _reference(
     grid = locations.to(dtype) * 2 - 1
     sampled = []
     for number, ((height, width), level) in enumerate(zip(shapes, levels, strict=True)):
-        image = level.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
+        image = level.permute(0, 2, 3, 1).reshape(batch * heads, value.shape[3], height, width)
         places = grid[:, :, :, number].transpose(1, 2).flatten(0, 1)  # (B * H, Lq, points, 2)
         sampled.append(F.grid_sample(image, places, align_corners=False))  # (B * H, D, Lq, points)
     spread = weights.to(dtype).transpose(1, 2).flatten(0, 1)  # (B * H, Lq, levels, points)
     out = torch.einsum("ndqlp,nqlp->nqd", torch.stack(sampled, 3), spread)
-    return out.view(batch, heads, queries, -1).transpose(1, 2).flatten(2).to(value.dtype)
+    return out.view(batch, heads, queries, value.shape[3]).transpose(1, 2).flatten(2).to(value.dtype)
 
 
 def _check(value: Tensor, shapes: Sequence[tuple[int, ...]], locations: Tensor, weights: Tensor) -> None:
