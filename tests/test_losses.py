@@ -79,6 +79,30 @@ def assert_equal_to_dense(
 LOSSES = pytest.mark.parametrize("op", [contrastive_loss, sigmoid_loss])
 
 
+def assert_no_worse_than_plain(op: Loss, dtype: torch.dtype, num_rows: int, backend: str) -> None:
+    """In a half type, loss and gradients have at most twice the error of the plain expression in that type.
+
+    Errors are against fp64 of the same rounded inputs, in the norm over all entries.
+    """
+    inputs = make_inputs(op, num_rows, num_rows, 24, scale=6.0)
+    inputs[:2] = [torch.nn.functional.normalize(tensor, dim=1) for tensor in inputs[:2]]
+    rounded = [tensor.to(dtype) for tensor in inputs]
+    expected = value_and_gradients(lambda *a: dense(op, *a), [t.double() for t in rounded])
+    plain = value_and_gradients(lambda *a: dense(op, *a), rounded)
+    found = value_and_gradients(op, rounded, backend=backend)
+    for name, a, b, c in zip(("loss", "x", "y", "scale", "bias"), found, plain, expected, strict=False):
+        error, allowed = (a.double() - c).norm(), 2 * (b.double() - c).norm()
+        # The plain error of a single number can be 0 by luck: half a unit in its last place is allowed in any case.
+        allowed += torch.finfo(dtype).eps / 2 * c.norm()
+        assert error <= allowed, f"{name}: {error:.3g} against {allowed:.3g}"
+
+
+@LOSSES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_are_no_worse_than_twice_the_plain_expression(op: Loss, dtype: torch.dtype) -> None:
+    assert_no_worse_than_plain(op, dtype, 200, "torch")
+
+
 @LOSSES
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize(

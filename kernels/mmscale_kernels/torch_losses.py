@@ -121,29 +121,40 @@ def _diagonal(tile: Tensor, rows: slice, columns: slice, on_rows: slice, on_colu
     return part[:, on_columns.start - columns.start : on_columns.stop - columns.start].diagonal()
 
 
-def _products(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    dx: Tensor | None,
-    dy: Tensor | None,
-) -> Tensor:
-    """Add grad @ y to dx and grad.T @ x to dy, where they are wanted; the sum of grad * (x @ y.T), fp64."""
-    exact = exact_dtype(x.device)
-    scale_grad = None
-    if dx is not None or dy is None:
-        change = grad @ y
-        # Summed from the product, this is a pass over n x D numbers and not over n x m.
-        scale_grad = torch.linalg.vecdot(change, x).sum(dtype=exact)
-        if dx is not None:
-            dx.add_(change)
-    if dy is not None:
-        change = grad.T @ x
-        if scale_grad is None:
-            scale_grad = torch.linalg.vecdot(change, y).sum(dtype=exact)
-        dy.add_(change)
-    assert scale_grad is not None
-    return scale_grad
+class _Products:
+    """What the tiles of one row of tiles add up to: dx += grad @ y, dy += grad.T @ x, and the scale's gradient.
+
+    The scale's gradient is the sum of grad * (x @ y.T). Taken from a product that is there anyway, it is a pass over
+    n x D numbers and not over n x m.
+    """
+
+    def __init__(self, x: Tensor, dx: Tensor | None) -> None:
+        self.x, self.dx = x, dx
+        self.change: Tensor | None = None
+        self.scale_grad = torch.zeros((), dtype=exact_dtype(x.device), device=x.device)
+
+    def add(self, grad: Tensor, y: Tensor, dy: Tensor | None, x: Tensor) -> None:
+        """One tile's part. x: the rows that dy sums up."""
+        if self.dx is not None or dy is None:
+            self.change = grad @ y if self.change is None else self.change.addmm_(grad, y)
+        if dy is None:
+            return
+        if self.dx is not None:
+            dy.addmm_(grad.T, x)
+        else:
+            change = grad.T @ x
+            self.scale_grad += torch.linalg.vecdot(change, y).sum(dtype=self.scale_grad.dtype)
+            dy.add_(change)
+
+    def finish(self, weight: Tensor | None = None) -> Tensor:
+        """Add to dx, each row times its weight; the scale's gradient."""
+        if self.change is not None:
+            if weight is not None:
+                self.change.mul_(weight[:, None])
+            self.scale_grad += torch.linalg.vecdot(self.change, self.x).sum(dtype=self.scale_grad.dtype)
+            if self.dx is not None:
+                self.dx.add_(self.change)
+        return self.scale_grad
 
 
 def statistics(x: Tensor, y: Tensor, scale: Tensor, targets: Targets, *, keep: bool) -> Statistics:
@@ -237,6 +248,7 @@ def gradients(
     for rows in rows_of:
         x_rows = x[rows].to(dtype)
         scaled = None if found.kept else x_rows * (scale / math.log(2))
+        products = _Products(x_rows, None if dx is None else dx[rows])
         for columns in columns_of:
             y_columns = y[columns].to(dtype)
             if scaled is None:
@@ -255,13 +267,8 @@ def gradients(
                 grad.addcmul_(mask, row_share[rows, None] + column_share[columns], value=-1)
             if targets.row_smooth is not None and targets.column_smooth is not None:
                 grad.sub_(targets.row_smooth[rows, None].to(dtype) + targets.column_smooth[columns].to(dtype))
-            scale_grad += _products(
-                grad,
-                x_rows,
-                y_columns,
-                None if dx is None else dx[rows],
-                None if dy is None else dy[columns],
-            )
+            products.add(grad, y_columns, None if dy is None else dy[columns], x_rows)
+        scale_grad += products.finish()
     return scale_grad
 
 
@@ -288,11 +295,14 @@ def sigmoid(
     """
     dtype, exact = compute_dtype(x.dtype), exact_dtype(x.device)
     rows_of, columns_of = _tiles(len(x), len(y), x.device)
-    weight = targets.row_weight.to(dtype)
     loss, scale_grad, bias_grad = torch.zeros(3, dtype=exact, device=x.device).unbind()
     for rows in rows_of:
         x_rows = x[rows].to(dtype)
         scaled = x_rows * scale
+        # The weights are multiplied into rows of D numbers, not into tiles.
+        weight = targets.row_weight[rows].to(dtype)
+        weighted = x_rows * weight[:, None] if want_gradients and dy is not None else x_rows
+        products = _Products(x_rows, None if dx is None else dx[rows])
         for columns in columns_of:
             y_columns = y[columns].to(dtype)
             logits = (scaled @ y_columns.T).add_(bias)
@@ -302,16 +312,12 @@ def sigmoid(
             loss += F.softplus(logits, threshold=40).sum(1).to(exact) @ targets.row_weight[rows]
             if not want_gradients:
                 continue
-            grad = logits.sigmoid_().mul_(weight[rows, None])
+            grad = logits.sigmoid_()
             _negate(grad, mask, rows, columns, on_rows, on_columns)
-            scale_grad += _products(
-                grad,
-                x_rows,
-                y_columns,
-                None if dx is None else dx[rows],
-                None if dy is None else dy[columns],
-            )
-            bias_grad += grad.sum(1).sum(dtype=exact)
+            products.add(grad, y_columns, None if dy is None else dy[columns], weighted)
+            bias_grad += grad.sum(1).to(exact) @ targets.row_weight[rows]
+        if want_gradients:
+            scale_grad += products.finish(weight)
     return loss, scale_grad, bias_grad
 
 
