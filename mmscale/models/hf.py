@@ -182,7 +182,8 @@ def check_attention(
     calls: dict[str, int] = {}
     for module in called:
         calls[names[module]] = calls.get(names[module], 0) + 1
-    own, unreached = [], []
+    own: list[str] = []
+    unreached: list[str] = []
     for name, module in layers.items():
         # a layer may hold a part that is called attention too, or be such a part
         if name in ignored or any(_is_within(name, other) or _is_within(other, name) for other in calls):
@@ -375,7 +376,7 @@ def _read_mask(layer: str, mask: Tensor, num_keys: int) -> tuple[bool, Tensor]:
             f"{layer}: attention_mask has shape {tuple(mask.shape)} and dtype {mask.dtype} for {num_keys} keys; "
             "it needs four dimensions, or to be what transformers' create_..._mask returned, unchanged"
         )
-    return mask.dim() == CAUSAL_DIMS, mask[(slice(None), *[0] * (mask.dim() - 2))]
+    return mask.dim() == CAUSAL_DIMS, mask.squeeze(tuple(range(1, mask.dim() - 1)))
 
 
 def _to_kernel(x: Tensor, batch: int) -> Tensor:
