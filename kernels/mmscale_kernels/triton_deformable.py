@@ -269,7 +269,7 @@ def _backward_value(
 def _config(kernel: str, value: Tensor) -> configs.Config:
     """The launch configuration of a kernel; BD, the tile's width, among it."""
     width = max(16, triton.next_power_of_2(value.shape[3]))
-    return {"BD": width, **configs.choose(kernel, f"d{max(32, width)}", value.device)}
+    return {"BD": width, **configs.choose(kernel, f"d{width}", value.device)}
 
 
 def forward(value: Tensor, sizes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
