@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmscale_kernels import contrastive_loss, explain, sigmoid_loss, torch_losses
+from mmscale_kernels import contrastive_loss, explain, losses, sigmoid_loss, torch_losses
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 Loss = Callable[..., torch.Tensor]
 
@@ -425,3 +426,33 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"op is <built-in function len>; it needs to be one of .*contrastive_loss"
     ):
         explain(len, 1)
+
+
+@LOSSES
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_nothing_waits_for_a_device(op: Loss, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All host code on tensors that have no data, where reading a value is an error: so nothing synchronises."""
+    from mmscale_kernels import configs, triton_losses
+
+    class NoKernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: None
+
+    for name in ("_statistics_kernel", "_gradients_kernel", "_sigmoid_kernel"):
+        monkeypatch.setattr(triton_losses, name, NoKernel())
+    # Looking at the weights is for the CPU alone.
+    monkeypatch.setattr(losses._Batch, "_problem", lambda self: None)
+    smoothing = {"label_smoothing": 0.1} if op is contrastive_loss else {}
+    inner = {"contrastive_loss": losses._contrastive_op, "sigmoid_loss": losses._sigmoid_op}[op.__name__]
+    with FakeTensorMode(), configs.override(device="sm_90"):
+        for dtype in (torch.float32, torch.float16):
+            x, y = torch.empty(2, 3000, 16, dtype=dtype).unbind()
+            scalars = [torch.empty(()) for _ in range(1 if op is contrastive_loss else 2)]
+            labels = torch.empty(3000, dtype=torch.int64)
+            weights = torch.empty(3000)
+            for given in ((None, None), (labels, weights)):
+                inner._init_fn(
+                    x, y, *scalars, *given, *smoothing.values(), "", "auto", form, True, True, True
+                )
+        with pytest.raises(DataDependentOutputException):
+            scalars[0].item()

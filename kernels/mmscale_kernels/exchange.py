@@ -6,8 +6,9 @@ columns. `Peers` holds the collectives and `Peers.columns` the blocks:
 - ``"gather"``: one block, all columns at once, and one reduce-scatter that brings their gradients home.
   Fewest and largest messages and products; holds all of y and its gradient.
 - ``"ring"``: one rank's columns at a time, passed on from neighbour to neighbour while they are worked on,
-  their gradient travelling with them. Holds O(local rows * D); only vectors (weights, labels, log-sum-exps)
-  are ever as long as the global batch.
+  their gradient travelling one step behind them: both are on their way while the next block is worked on. Holds
+  O(local rows * D), the gradient three times (leaving, arriving, this rank's part of the next); only vectors
+  (weights, labels, log-sum-exps) are ever as long as the global batch.
 
 Ranks may hold different numbers of rows, 0 among them. All sums run in a fixed order. Nothing here is seen by
 autograd: the losses compute their gradients in the forward pass, so their backward never communicates and
@@ -153,7 +154,7 @@ class Columns(Protocol):
         """Call add(start, y_block, dy_block) for each block, and bring what it added to dy_block back to its
         owner.
 
-        dy_block begins as what other ranks added. Returns dy of this rank's own rows, summed over ranks.
+        dy_block begins as zeros. Returns dy of this rank's own rows, summed over ranks in a fixed order.
         """
         ...
 
@@ -282,11 +283,18 @@ class _Ring:
             yield self.peers.column_starts[owner], block
 
     def accumulate(self, add: Callable[[int, Tensor, Tensor], None], dtype: torch.dtype) -> Tensor:
-        dy_block = torch.zeros_like(self.y, dtype=dtype)
+        travelling: Tensor | None = None  # what other ranks added to the block at hand, or to the next one
+        on_its_way: list[dist.Work] = []
         for owner, block in self._walk():
-            add(self.peers.column_starts[owner], block, dy_block)
-            # After the last step what arrives is this rank's own gradient, with every rank's part in it.
-            dy_block, work = self._pass_on(dy_block, (owner + 1) % self.peers.world_size)
-            for transfer in work:
+            # This rank's part goes into a buffer of its own while the others' parts are still on their way.
+            part = torch.zeros_like(block, dtype=dtype)
+            add(self.peers.column_starts[owner], block, part)
+            for transfer in on_its_way:
                 transfer.wait()
-        return dy_block
+            dy_block = part if travelling is None else travelling.add_(part)
+            # After the last step what arrives is this rank's own gradient, with every rank's part in it.
+            travelling, on_its_way = self._pass_on(dy_block, (owner + 1) % self.peers.world_size)
+        for transfer in on_its_way:
+            transfer.wait()
+        assert travelling is not None
+        return travelling

@@ -578,10 +578,17 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         return (None,) * ctx.num_inputs
     needed = ctx.needs_input_grad
     results = [
-        (gradient * grad).to(dtype) if need else None
+        _times(gradient, grad, dtype) if need else None
         for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=False)
     ]
     return (*results, *[None] * (ctx.num_inputs - len(results)))
+
+
+def _times(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * grad in dtype, without holding the product in fp32 if that can be helped."""
+    if gradient.dtype == dtype or grad.requires_grad:  # `out` doesn't go with a graph of the backward pass
+        return (gradient * grad).to(dtype)
+    return torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype))
 
 
 _contrastive_op.register_autograd(_backward, setup_context=_setup_context)

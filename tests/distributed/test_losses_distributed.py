@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from mmscale_kernels import contrastive_loss, sigmoid_loss
+from mmscale_kernels import contrastive_loss, losses, sigmoid_loss, torch_losses
 from ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -143,9 +143,9 @@ def assert_global(found: list[list[torch.Tensor]], case: dict[str, Any], name: s
     1e-13, so the absolute part (for gradients that cancel to 0) is as tight.
     """
     expected = global_gradients(case)
-    for losses in found:
-        torch.testing.assert_close(losses[0], expected[0], rtol=1e-10, atol=1e-12, msg=f"{name}: loss")
-        assert torch.equal(losses[0], found[0][0]), f"{name}: ranks got different losses"
+    for of_rank in found:
+        torch.testing.assert_close(of_rank[0], expected[0], rtol=1e-10, atol=1e-12, msg=f"{name}: loss")
+        assert torch.equal(of_rank[0], found[0][0]), f"{name}: ranks got different losses"
     for part, gradient in enumerate(expected[1:], 1):
         mean = torch.stack([of_rank[part] for of_rank in found]).mean(0)
         torch.testing.assert_close(mean, gradient, rtol=1e-10, atol=1e-12, msg=f"{name}: gradient {part}")
@@ -160,6 +160,8 @@ def everything() -> dict[str, Any]:
         1: all_cases(1, False),
         "groups": groups_and_frozen_towers(),
         "mistakes": mistakes_on_one_rank(),
+        "largest": {exchange: largest_allocation(exchange) for exchange in ("gather", "ring")},
+        "repeats": [rank_gradients(make_case(2, 3), dist.get_rank(), exchange="ring") for _ in range(2)],
     }
 
 
@@ -226,6 +228,44 @@ def test_groups_and_frozen_towers(results: list[dict[str, Any]]) -> None:
                 torch.testing.assert_close(found_y, 3 * expected_y[rank], rtol=1e-10, atol=1e-12)
             if rank == 2:
                 torch.testing.assert_close(found_x, 3 * x.grad[-case["rows"][2] :], rtol=1e-10, atol=1e-12)
+
+
+ROWS, WIDTH = 32, 2048
+
+
+def largest_allocation(exchange: str) -> int:
+    """Bytes of the largest tensor made on this rank by a loss of 3 x ROWS pairs and its gradients."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return result
+
+    x, y = torch.randn(2, ROWS, WIDTH).unbind()
+    arguments = losses._Arguments(
+        "contrastive_loss", x.clone(), y.clone(), torch.tensor(0.1), *[None] * 3, 0.0, exchange
+    )
+    with Watch():
+        batch = losses._Batch(arguments, dist.group.WORLD.group_name, (True, True, True))
+        losses._contrastive(arguments, batch, batch.contrastive_targets(), torch_losses)
+    return largest
+
+
+def test_a_ring_holds_nothing_of_the_size_of_all_ranks(results: list[dict[str, Any]]) -> None:
+    own = ROWS * WIDTH * 4
+    for result in results:
+        assert result["largest"] == {"gather": 3 * own, "ring": own}
+
+
+def test_a_ring_repeats_bit_for_bit(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        first, second = result["repeats"]
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def mistakes_on_one_rank() -> list[str]:
