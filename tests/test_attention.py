@@ -1,10 +1,12 @@
-"""cross_modal_attention on the CPU: its tiled form against its dense form and against loops written here."""
+"""cross_modal_attention on the CPU: its flash and tiled forms against its dense form and against loops written here."""
 
 import math
 import subprocess
 import sys
 from typing import Any
 
+import mmscale_kernels.attention as attention
+import mmscale_kernels.cpu_attention as cpu
 import mmscale_kernels.tiled_attention as tiled
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from mmscale_kernels.attention import Source, _attention, cross_modal_attention
 from mmscale_kernels.dispatch import explain
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # fp64 sums of at most a few hundred terms of size 1 to 10: 1e-12 is 100 times their rounding.
 EXACT = 1e-12
@@ -154,7 +157,7 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, list[Source], dict[str, Any]]:
         if draw(some):
             shape = [n if draw(some) else 1 for n in (batch, heads, num_queries, size)][draw(whole(0, 2)) :]
             bias = torch.randn(shape, dtype=torch.float64)
-            known["bias"] = bias.masked_fill(torch.rand(shape) < 0.1, -math.inf).requires_grad_()
+            known["bias"] = bias.masked_fill(torch.rand(shape) < 0.1, -math.inf).requires_grad_(draw(some))
         sources.append(source(batch, size, draw(st.sampled_from([1, heads])), width, **known))
     options: dict[str, Any] = {
         "softmax": draw(st.sampled_from(["joint", "per_source"])),
@@ -163,39 +166,158 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, list[Source], dict[str, Any]]:
     options["return_mass"] = options["softmax"] == "joint" and draw(some)
     if draw(some):
         options["query_lengths"] = torch.tensor([draw(whole(0, num_queries)) for _ in range(batch)])
-    if draw(some):
+    if draw(st.sampled_from([False, False, True])):
         seeds = torch.randint(0, 2**60, (batch,))
         options |= {"dropout_p": 0.4, "seed": draw(st.sampled_from([5, seeds]))}
     return leaf(batch, num_queries, heads, width), sources, options
 
 
-@pytest.mark.parametrize("tiny_tiles", [False, True])
+# What decides between the forms, set so that small calls reach each: how many samples and sources share a call.
+FORMS: dict[str, dict[str, int]] = {
+    "as it comes": {},
+    "tiny tiles": {"_KEY_BLOCK": 4, "_TILE_PER_THREAD": 64},  # several of queries, of keys and of samples
+    "a call a source": {"_FEW_LOGITS": -1},
+    "a call a sample": {"_FEW_LOGITS": -1, "_WORTH_A_CALL": 0},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @given(call=calls())
 @settings(max_examples=40, deadline=None)
-def test_tiled_equals_dense(tiny_tiles: bool, call: tuple[Tensor, list[Source], dict[str, Any]]) -> None:
+def test_every_form_equals_dense(form: str, call: tuple[Tensor, list[Source], dict[str, Any]]) -> None:
     query, sources, options = call
     with pytest.MonkeyPatch.context() as patch:
-        if tiny_tiles:  # several tiles of queries, of keys and of samples
-            patch.setattr(tiled, "_KEY_BLOCK", 4)
-            patch.setattr(tiled, "_TILE_PER_THREAD", 64)
+        for name, value in FORMS[form].items():
+            patch.setattr(tiled if hasattr(tiled, name) else cpu, name, value)
         got = results(query, sources, backend="torch", **options)
     assert_same(got, results(query, sources, backend="reference", **options))
     assert all(torch.isfinite(x).all() for x in got)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("worth_a_call", [0, 1 << 62])
+@pytest.mark.parametrize("num_queries", [1, 40, 530])
+def test_more_keys_than_a_block_of_the_kernel(
+    worth_a_call: int, num_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel walks blocks of 512 keys; here whole blocks are padding, or lie behind the diagonal."""
+    monkeypatch.setattr(cpu, "_WORTH_A_CALL", worth_a_call)
+    monkeypatch.setattr(cpu, "_FEW_LOGITS", -1)
+    torch.manual_seed(20)
+    sources = [
+        source(3, 700, 1, 4, lengths=torch.tensor([700, 0, 520]), causal=True),
+        source(3, 600, 2, 4, starts=torch.tensor([0, 550, 590]), gate=leaf(3, 2)),
+    ]
+    options = {"return_lse": True, "return_mass": True}
+    query = leaf(3, num_queries, 2, 4)
+    got = results(query, sources, backend="torch", **options)
+    # sums of up to 1,300 terms
+    assert_same(got, results(query, sources, backend="reference", **options), 20 * EXACT)
+
+
+@pytest.mark.parametrize("gate", [0.0, -80.0, -2000.0])
+def test_gradient_of_the_log_sum_exps(gate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source with next to no share still has a gradient through its own log-sum-exp; the tiled engine tells which."""
+    torch.manual_seed(21)
+    query, gates = leaf(2, 5, 4, 4), torch.full((4,), gate, dtype=torch.float64).requires_grad_()
+    one, two = source(2, 6, 2, 4, lengths=torch.tensor([6, 2])), source(2, 7, 4, 4)
+    both = []
+    for flash in (True, False):
+        if not flash:
+            monkeypatch.setattr(attention, "_use_flash", lambda *_: False)
+        out, lse = _attention(
+            query, [one.key, two.key], [one.value, two.value], [one.lengths], [], [gates], [],
+            [0, -1, 0, -1, -1, -1, -1, -1], [False, False], torch.tensor([5, 3]), 0.5, 0.0, None, 0, "torch",
+        )  # fmt: skip
+        finite = lse.masked_fill(lse == -math.inf, 0.0)
+        weight = torch.randn(lse.shape, generator=torch.Generator().manual_seed(1), dtype=lse.dtype)
+        loss = out.square().sum() + (finite * weight).sum()
+        leaves = [query, one.key, one.value, two.key, two.value, gates]
+        both.append([out.detach(), finite.detach(), *torch.autograd.grad(loss, leaves)])
+    assert_same(both[0], both[1])
+    assert (both[0][3].abs() > 1e-3).any()  # the keys of the faint source
+
+
+@pytest.mark.parametrize("mass", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_plain(dtype: torch.dtype, mass: bool) -> None:
+    """Against fp64, the error of out and of each gradient is at most twice that of matmul, softmax, matmul in dtype.
+
+    `mass`: one call for each source, as when log-sum-exps are asked for, instead of one for all.
+    """
+    torch.manual_seed(22)
+    gates = [torch.randn(4), torch.randn(4)]
+    tensors = [torch.randn(3, n, 4, 16) for n in (60, 30, 30, 50, 50)]
+    lengths = torch.tensor([50, 20, 1])
+    weight = torch.randn(3, 60, 4, 16)
+
+    def run(kind: torch.dtype, plain: bool) -> list[Tensor]:
+        query, *known = (x.to(dtype).to(kind).requires_grad_() for x in tensors)
+        g = [x.to(dtype).to(kind).requires_grad_() for x in gates]
+        if plain:
+            key, value = torch.cat([known[0], known[2]], 1), torch.cat([known[1], known[3]], 1)
+            mask = torch.cat([x[:, None, None].expand(4, 1, n) for x, n in zip(g, (30, 50), strict=True)], -1)
+            hidden = torch.arange(80) >= 30 + lengths[:, None]
+            mask = mask.masked_fill(hidden[:, None, None], -math.inf)
+            logits = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * 0.25 + mask
+            out = (logits.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2)
+        else:
+            sources = [
+                Source(known[0], known[1], gate=g[0]),
+                Source(known[2], known[3], gate=g[1], lengths=lengths),
+            ]
+            out = cross_modal_attention(query, sources, return_mass=mass)
+            out = out[0] if isinstance(out, tuple) else out
+        grads = torch.autograd.grad((out * weight.to(kind)).sum(), [query, *known, *g])
+        return [x.detach().double() for x in (out, *grads)]
+
+    exact = run(torch.float64, True)
+    ours, plain = run(dtype, False), run(dtype, True)
+    for a, b, wanted in zip(ours, plain, exact, strict=True):
+        assert (a - wanted).norm() <= 2 * (b - wanted).norm()
+
+
+def test_the_operator_and_the_way_around_it_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(23)
+    query = leaf(2, 6, 4, 8)
+    sources = [
+        source(2, 5, 2, 8, lengths=torch.tensor([5, 0]), gate=leaf(4)),
+        source(2, 6, 2, 8, causal=True),
+    ]
+    direct = results(query, sources, return_mass=True)
+    monkeypatch.setattr(cpu, "is_direct", lambda _: False)
+    through = results(query, sources, return_mass=True)
+    assert all(torch.equal(a, b) for a, b in zip(direct, through, strict=True))
+
+
+def test_what_looks_at_operators_sees_one() -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Watch():
+        cross_modal_attention(leaf(2, 3, 2, 4), [source(2, 4, 2, 4), source(2, 5, 2, 4)])
+    assert "mmscale_kernels.cross_modal_attention.default" in seen
+
+
+@pytest.mark.parametrize("form", ["tiled", "flash", "flash without log-sum-exps"])
+def test_gradcheck(form: str) -> None:
     torch.manual_seed(1)
     query, gate, bias = leaf(2, 2, 2, 2), leaf(2), leaf(2, 1, 1, 2)
-    first, second = source(2, 3, 1, 2), source(2, 2, 2, 2)
+    first, second = source(2, 3, 1, 2), source(2, 2, 1 if form.endswith("exps") else 2, 2)
 
     def run(query: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor, gate: Tensor, bias: Tensor) -> Any:
         one = Source(k1, v1, gate=gate, lengths=torch.tensor([3, 1]))
-        two = Source(k2, v2, bias=bias, causal=True)
-        return cross_modal_attention(
-            query, [one, two], return_lse=True, return_mass=True, dropout_p=0.3, seed=4, backend="torch"
-        )
+        if form == "flash without log-sum-exps":
+            return cross_modal_attention(query, [one, Source(k2, v2, gate=bias.sum((0, 1, 2)))])
+        two = Source(k2, v2, bias=bias if form == "tiled" else bias.detach(), causal=True)
+        known: dict[str, Any] = {"dropout_p": 0.3, "seed": 4} if form == "tiled" else {}
+        return cross_modal_attention(query, [one, two], return_lse=True, return_mass=True, **known)
 
     inputs = (query, first.key, first.value, second.key, second.value, gate, bias)
+    if form == "flash":
+        inputs = (*inputs[:-1], bias.detach())
     assert torch.autograd.gradcheck(run, inputs)
 
 

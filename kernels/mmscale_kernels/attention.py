@@ -95,7 +95,7 @@ def cross_modal_attention(
         seeds = _seeds(query, seed) if dropout_p > 0 else None
         # a source's place tells its dropout from that of the others
         runs = [
-            _run(query, [source], query_lengths, scale, dropout_p, seeds, place, backend)
+            _run(query, [source], query_lengths, scale, dropout_p, seeds, place, backend, return_lse)
             for place, source in enumerate(sources)
         ]
         out = sum(
@@ -103,8 +103,11 @@ def cross_modal_attention(
         ).to(query.dtype)
         return (out, torch.cat([lse for _, lse in runs], -1).transpose(1, 2)) if return_lse else out
     seeds = _seeds(query, seed) if dropout_p > 0 else None
-    out, source_lse = _run(query, list(sources), query_lengths, scale, dropout_p, seeds, 0, backend)
-    if not (return_lse or return_mass):
+    wants_lse = return_lse or return_mass
+    out, source_lse = _run(
+        query, list(sources), query_lengths, scale, dropout_p, seeds, 0, backend, wants_lse
+    )
+    if not wants_lse:
         return out
     results = [out]
     source_lse = source_lse.transpose(1, 2)
@@ -156,8 +159,12 @@ def _run(
     seeds: Tensor | None,
     place: int,
     backend: str | None,
+    wants_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return out and the log-sum-exp of each source, (B, Lq, H, S), under one softmax."""
+    """Return out and the log-sum-exp of each source, (B, Lq, H, S), under one softmax.
+
+    Without `wants_lse` the second is whatever came cheapest.
+    """
     if backend == "reference":
         _check(query, sources, query_lengths, seeds)
         return _reference(query, sources, query_lengths, scale, dropout_p, seeds, place)
@@ -174,6 +181,11 @@ def _run(
     lists = (keys, values, *flat)
     if not cpu.is_direct(together := [query, *(tensor for tensors in lists for tensor in tensors)]):
         return _attention(query, *lists, *table, backend or "")
+    if not wants_lse and backend != "triton" and _use_flash(query, dropout_p):
+        _check(query, sources, query_lengths, seeds)
+        if cpu.shares_a_call(query, chosen := [_flash_source(source) for source in sources]):
+            _choose(query, len(sources), backend)
+            return _Joined.apply(chosen, query_lengths, scale, *together)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in together):
         return _Direct.apply([len(tensors) for tensors in lists], (*table, backend or ""), *together)
     return _attend(query, *lists, *table, backend or "")
@@ -474,6 +486,62 @@ class _Direct(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         grad_query, *by_list = _backward(ctx, grad_out, grad_lse, _attend_backward)[:7]
         return None, None, grad_query, *(grad for grads in by_list for grad in grads)
+
+
+class _Joined(torch.autograd.Function):
+    """`cpu_attention.attend_joined` under autograd; tensors come as to `_Direct`, and none is a bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sources: list[cpu.FlashSource],
+        query_lengths: Tensor | None,
+        scale: float,
+        query: Tensor,
+        *flat: Tensor,
+    ) -> Any:
+        out, joined = cpu.attend_joined(query, sources, query_lengths=query_lengths, scale=scale)
+        ctx.set_materialize_grads(False)
+        ctx.sizes = [source.key.shape[1] for source in sources]
+        ctx.scale = scale
+        ctx.is_causal = sources[0].causal
+        # The gates are the last tensors of the row.
+        gates = [source.gate for source in sources]
+        ctx.first_gate = 4 + len(flat) - sum(gate is not None for gate in gates)
+        places = itertools.count(ctx.first_gate)
+        ctx.gates = [-1 if gate is None else next(places) for gate in gates]
+        ctx.save_for_backward(query, query_lengths, out, *joined, *flat[ctx.first_gate - 4 :])
+        ctx.mark_non_differentiable(joined.lse)
+        return out, joined.lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
+        if grad_out is None:
+            return (None,) * len(ctx.needs_input_grad)
+        query, query_lengths, out, *row = ctx.saved_tensors
+        joined, gates = cpu.Joined(*row[:4]), row[4:]
+        grad_query, found = cpu.attend_joined_backward(
+            grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(),
+            query,
+            ctx.sizes,
+            query_lengths=query_lengths,
+            scale=ctx.scale,
+            out=out,
+            joined=joined,
+            is_causal=ctx.is_causal,
+            wants_gate=[place >= 0 and ctx.needs_input_grad[place] for place in ctx.gates],
+        )
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        grads[3] = grad_query
+        num_sources = len(found)
+        for number, one in enumerate(found):
+            grads[4 + number], grads[4 + num_sources + number] = one.key, one.value
+            place = ctx.gates[number]
+            if place >= 0 and one.gate is not None:
+                like = gates[place - ctx.first_gate]
+                grads[place] = (one.gate if like.dim() == 2 else one.gate.sum(0)).to(like.dtype)
+        return tuple(grads)
 
 
 def _split(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:

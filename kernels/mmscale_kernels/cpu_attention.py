@@ -1,22 +1,26 @@
 """Attention over several sources on the CPU, by PyTorch's own flash kernel: one call a source, or a few.
 
-The kernel (`aten::_scaled_dot_product_flash_attention_for_cpu`) returns the log-sum-exp of every query, so sources are
-joined after it: with x_s the log-sum-exp of source s and x their joint one, out = sum over s of exp(x_s - x) * out_s. Its
-backward pass takes (out, x) and recomputes probabilities from x; handed the joint out and x less the source's gate, it
-yields this source's share of the joint gradients. So no keys are concatenated, and a mask is made only where a bias or
-many short samples of unequal lengths need one.
+The kernel (`aten::_scaled_dot_product_flash_attention_for_cpu`) returns the log-sum-exp of every query, so sources
+are joined after it: with x_s the log-sum-exp of source s and x their joint one, out = sum over s of
+exp(x_s - x) * out_s. Its backward pass takes (out, x) and recomputes probabilities from x; handed the joint out and x
+less the source's gate, it yields this source's share of the joint gradients. So no keys are concatenated, and a mask is
+made only where a bias or many short samples of unequal lengths need one.
 
 Three things the kernel doesn't know are had without it:
 
 - Lengths. Samples of equal lengths share a call on slices that leave the padding out. Where a call for each costs more
-  than the padding, one call runs over all with a mask, on copies of the keys whose padding is 0 (0 * NaN is NaN).
-- A causal source with more keys than queries: the keys that all queries see, in one call, and the rest, on the diagonal
-  that the kernel knows, in another.
-- The gradient of a gate, the sum of dS = P * (dP - delta) over a source's keys and all queries. Over queries alone, P * dP
-  sums to V . dV; so the gate's gradient is the sum of V . dV less that of delta times the source's share of attention.
+  than the padding, one call runs over all with a mask (and if the padding isn't finite, on copies where it is 0).
+- A causal source with more keys than queries: the keys that all queries see, in one call, and the rest, on the
+  diagonal that the kernel knows, in another.
+- The gradient of a gate, the sum of dS = P * (dP - delta) over a source's keys and all queries. Over queries alone,
+  P * dP sums to V . dV; so the gate's gradient is the sum of V . dV less that of delta times the source's share of
+  attention.
 
-A gradient of the log-sum-exps themselves shifts delta (the row sum of dO * out) of a source by -c. It goes in by one more
-column of the heads, 1 in dO and -c in out.
+A gradient of the log-sum-exps themselves shifts delta (the row sum of dO * out) of a source by -c. It goes in by one
+more column of the heads, 1 in dO and -c in out.
+
+Where nobody asks for the log-sum-exps of the sources and there is little to do, or no padding to skip, one call on
+concatenated keys is faster than a call each (`attend_joined`); it holds a copy of the keys of several sources.
 
 The trade-off: the kernel has no dropout and no gradient of a bias; `tiled_attention` has both. The functions here trust
 their arguments; the operators check them.
@@ -24,6 +28,7 @@ their arguments; the operators check them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +46,8 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 _WORTH_A_CALL = 1 << 20
 # Finite, so that rows whose every key a bias hides have a log-sum-exp that tells them apart.
 _HIDDEN = -1e30
+# Logits of a sample and head up to which sources with padding share a call.
+_FEW_LOGITS = 1 << 14
 # exp(x - x_s) * dx_s beyond this no longer shares a call with the joint gradients: fp32 ends at 3e38, and sums follow.
 _MOST_SHIFT = 1e25
 
@@ -129,6 +136,23 @@ def attend_backward(
     grad_out, out: (B, Lq, H, D); source_lse and its gradient: (B, Lq, H, S).
     """
     dtype = compute_dtype(query)
+    if query.dtype != dtype and any(source.gate is not None for source in sources):
+        # V . dV less share . delta cancels: from rounded results it would have three times the error of a sum over dS.
+        wide = [source._replace(key=source.key.to(dtype), value=source.value.to(dtype)) for source in sources]
+        out, source_lse = attend(query.to(dtype), wide, query_lengths=query_lengths, scale=scale)
+        grad_query, found = attend_backward(
+            grad_out.to(dtype),
+            query.to(dtype),
+            wide,
+            query_lengths=query_lengths,
+            scale=scale,
+            out=out,
+            source_lse=source_lse,
+            grad_lse=grad_lse,
+        )
+        return grad_query.to(query.dtype), [
+            FlashGradients(one.key.to(query.dtype), one.value.to(query.dtype), one.gate) for one in found
+        ]
     rows = None if query_lengths is None else query_lengths.tolist()
     joint = source_lse[..., 0] if len(sources) == 1 else source_lse.logsumexp(-1)
     if query_lengths is not None or any(_may_see_nothing(query, source) for source in sources):
@@ -170,6 +194,193 @@ def attend_backward(
             gate += (terms if pull is None else terms.add_(pull)).sum(1)
         gradients.append(FlashGradients(key_sum.result(), value_sum.result(), gate))
     return query_sum.result(), gradients
+
+
+def shares_a_call(query: Tensor, sources: Sequence[FlashSource]) -> bool:
+    """Say whether `attend_joined` takes these sources, and is the faster form."""
+    first = sources[0].key
+    num_keys = sum(source.key.shape[1] for source in sources)
+    if num_keys == 0 or any(
+        source.bias is not None or source.key.shape[2] != first.shape[2] for source in sources
+    ):
+        return False
+    if any(source.causal for source in sources) and (len(sources) > 1 or num_keys != query.shape[1]):
+        return False
+    if query.shape[1] * num_keys <= _FEW_LOGITS:
+        return True
+    return all(source.lengths is None and source.starts is None for source in sources)
+
+
+class Joined(NamedTuple):
+    """What `attend_joined` hands to its backward pass: keys side by side, and what hides or weighs them."""
+
+    key: Tensor  # (B, keys, Hkv, D)
+    value: Tensor
+    mask: Tensor | None  # (1 or B, 1 or H, 1, keys) with padding -inf and gates added
+    lse: Tensor  # (B, Lq, H), +inf past query_lengths
+
+
+def attend_joined(
+    query: Tensor, sources: Sequence[FlashSource], *, query_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Joined]:
+    """Return out (B, Lq, H, D) of one call over all sources together."""
+    batch, num_queries, heads, _ = query.shape
+    sizes = [source.key.shape[1] for source in sources]
+    masks = [
+        None if source.lengths is None and source.starts is None else _in_range(source) for source in sources
+    ]
+    key, value = (
+        _side_by_side(given, masks)
+        for given in ([source.key for source in sources], [source.value for source in sources])
+    )
+    mask = None
+    gates = [source.gate for source in sources]
+    if any(x is not None for x in (*gates, *masks)):
+        samples = (
+            batch
+            if any(x is not None for x in masks)
+            else max(gate.shape[0] for gate in gates if gate is not None)
+        )
+        wide = heads if any(gate is not None for gate in gates) else 1
+        mask = torch.zeros(samples, wide, 1, sum(sizes), dtype=compute_dtype(query))
+        for part, gate, valid in zip(mask.split(sizes, -1), gates, masks, strict=True):
+            if gate is not None:
+                part += gate[:, :, None, None]
+            if valid is not None:
+                part.masked_fill_(~valid[:, None, None], -math.inf)
+    is_causal = sources[0].causal
+    out, lse = grouped_flash(query, key, value, mask, scale, is_causal)
+    if query_lengths is not None:
+        past = (torch.arange(num_queries) >= query_lengths[:, None])[..., None]
+        out.masked_fill_(past[..., None], 0.0)
+        lse.masked_fill_(past, math.inf)
+    return out, Joined(key, value, mask, lse)
+
+
+def _side_by_side(tensors: list[Tensor], masks: list[Tensor | None]) -> Tensor:
+    parts = [x if valid is None else _cleaned(x, valid) for x, valid in zip(tensors, masks, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def attend_joined_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    sizes: Sequence[int],
+    *,
+    query_lengths: Tensor | None,
+    scale: float,
+    out: Tensor,
+    joined: Joined,
+    is_causal: bool,
+    wants_gate: Sequence[bool],
+) -> tuple[Tensor, list[FlashGradients]]:
+    """Return the gradients of query and of the sources, of `sizes` keys each, as `attend_backward` does."""
+    key, value, mask, lse = joined
+    if query_lengths is not None:
+        rows = torch.arange(query.shape[1]) < query_lengths[:, None]
+        query, grad_out = _cleaned(query, rows), _cleaned(grad_out, rows)
+    dtype = compute_dtype(query)
+    given = query.dtype
+    if given != dtype and any(wants_gate):  # as in `attend_backward`
+        query, key, value, grad_out = (x.to(dtype) for x in (query, key, value, grad_out))
+        out, _ = grouped_flash(query, key, value, mask, scale, is_causal)
+    query_sum, key_sum, value_sum = _Sum(query, dtype), _Sum(key, dtype), _Sum(value, dtype)
+    everything = slice(None)
+    by_source = (
+        torch.zeros(query.shape[0], len(sizes), query.shape[2], dtype=dtype) if any(wants_gate) else None
+    )
+    for members in _members(query, key):
+        heads = everything if members is None else members
+        grads = flash_backward(
+            grad_out[:, :, heads].transpose(1, 2),
+            query[:, :, heads].transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            out[:, :, heads].transpose(1, 2),
+            lse[:, :, heads].transpose(1, 2),
+            0.0,
+            is_causal,
+            attn_mask=of_members(mask, members),
+            scale=scale,
+        )
+        for total, grad, place in zip(
+            (query_sum, key_sum, value_sum), grads, (members, *[members and everything] * 2), strict=True
+        ):
+            total.add(grad, whole=True, samples=everything, steps=everything, heads=place)
+        if by_source is not None:
+            if len(sizes) == 1:
+                continue
+            dots = _row_dots(value, grads[2].transpose(1, 2))
+            for number, part in enumerate(dots.split(list(sizes), 1)):
+                by_source[:, number, heads] = part.sum(1)
+    if by_source is not None and len(sizes) > 1:  # one gate for all keys changes nothing
+        delta = _row_dots(grad_out, out)
+        wanted = [number for number, want in enumerate(wants_gate) if want]
+        stops = list(itertools.accumulate(sizes))
+        # The shares of attention are what comes out where a source's values are 1 in a column of its own.
+        width = query.shape[3]
+        for some in (wanted[start : start + width] for start in range(0, len(wanted), width)):
+            marks = torch.zeros(1, stops[-1], 1, width, dtype=query.dtype)
+            for column, number in enumerate(some):
+                marks[:, stops[number] - sizes[number] : stops[number], :, column] = 1.0
+            shares, _ = grouped_flash(query, key, marks.expand(value.shape), mask, scale)
+            pulled = shares[..., : len(some)].to(dtype).mul_(delta[..., None]).sum(1)
+            by_source[:, some] -= pulled.transpose(1, 2)
+    return query_sum.result().to(given), [
+        FlashGradients(
+            by_key.to(given), by_value.to(given), by_source[:, number] if by_source is not None else None
+        )
+        for number, (by_key, by_value) in enumerate(
+            zip(*(x.result().split(list(sizes), 1) for x in (key_sum, value_sum)), strict=True)
+        )
+    ]
+
+
+def grouped_flash(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, Lq, H, D) and log-sum-exp (B, Lq, H), contiguous; the kernel calls that of no key 0.
+
+    Grouped queries take one call for each member of a group, so that keys are never copied.
+    """
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    outs, logs = [], []
+    for members in _members(query, key.transpose(1, 2)):
+        heads = slice(None) if members is None else members
+        out, log = flash(
+            query[:, :, heads].transpose(1, 2),
+            key,
+            value,
+            0.0,
+            is_causal,
+            attn_mask=of_members(mask, members),
+            scale=scale,
+        )
+        outs.append(out.transpose(1, 2))
+        logs.append(log.transpose(1, 2))
+    if len(outs) > 1:
+        return torch.stack(outs, 3).flatten(2, 3), torch.stack(logs, 3).flatten(2, 3)
+    return outs[0].contiguous(), logs[0].contiguous()
+
+
+def of_members(mask: Tensor | None, members: slice | None) -> Tensor | None:
+    """Return the mask (1 or B, 1 or H, ...) of some heads, None = all."""
+    return mask if mask is None or members is None or mask.shape[1] == 1 else mask[:, members]
+
+
+def hides_all(mask: Tensor) -> Tensor:
+    """Return where a mask (1 or B, 1 or H, 1, keys) leaves no key, (1 or B, 1, 1 or H)."""
+    return (mask == -math.inf).all(-1).transpose(1, 2)
+
+
+def _in_range(source: FlashSource) -> Tensor:
+    """Return which keys of a source with lengths or starts are valid, (B, Lk) bool."""
+    place = torch.arange(source.key.shape[1])
+    if source.starts is None:
+        assert source.lengths is not None
+        return place < source.lengths[:, None]
+    valid = place >= source.starts[:, None]
+    return valid if source.lengths is None else valid & (place < (source.starts + source.lengths)[:, None])
 
 
 class _Sum:
@@ -329,12 +540,12 @@ class _Block(NamedTuple):
             ]
             mask = mask.to(compute_dtype(query)).clamp_min(_HIDDEN)
         if part.valid is not None:
-            key, value = (x.masked_fill(~part.valid[:, :, None, None], 0.0) for x in (key, value))
+            key, value = (_cleaned(x, part.valid) for x in (key, value))
             hidden = torch.zeros(part.valid.shape, dtype=compute_dtype(query))
             hidden = hidden.masked_fill_(~part.valid, -math.inf)[:, None, None]
             mask = hidden if mask is None else mask + hidden
         if part.rows is not None and clean_queries:
-            q = q.masked_fill(~part.rows[:, :, None, None], 0.0)
+            q = _cleaned(q, part.rows)
         return cls(q.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
 
 
@@ -438,6 +649,14 @@ def _may_see_nothing(query: Tensor, source: FlashSource) -> bool:
     known = (source.lengths, source.starts, source.gate, source.bias)
     fewer = source.key.shape[1] < query.shape[1] if source.causal else source.key.shape[1] == 0
     return fewer or any(x is not None for x in known)
+
+
+def _cleaned(tensor: Tensor, valid: Tensor) -> Tensor:
+    """Return a tensor (samples, places, H, D) that is finite where it isn't valid: 0 * NaN must not reach a sum."""
+    # A sum is finite only if its terms are, and reads where a copy reads and writes.
+    if bool(tensor.sum(dtype=compute_dtype(tensor)).isfinite()):
+        return tensor
+    return tensor.masked_fill(~valid[:, :, None, None], 0.0)
 
 
 def _below(counts: list[int], size: int) -> Tensor:

@@ -34,6 +34,8 @@ from .dispatch import Decision, choose, register_decision
 
 # Up to here one flash call with a (T, T) mask beats a call for the prefix and one for the causal segment.
 _FEW_COLUMNS = 128
+# Elements that such a mask may have where gates give it a head dimension.
+_MASK_BUDGET = 1 << 19
 
 
 def packed_attention(
@@ -380,7 +382,8 @@ def _flash_calls(qkv: Tensor, table: _Table, valid: Tensor | None, bias: Tensor 
     if prefix == 0:
         # padding lies behind the queries that matter, so causality alone hides it
         return [_FlashCall(everything, everything, bias, True)]
-    if table.ahead is not None and bias is None:
+    few = bias is None or bias.shape[0] * bias.shape[1] * columns**2 <= _MASK_BUDGET
+    if table.ahead is not None and few:
         ahead = table.ahead.to(tiled.compute_dtype(qkv))
         return [_FlashCall(everything, everything, ahead if mask is None else ahead + mask, False)]
     return [
@@ -392,37 +395,9 @@ def _flash_calls(qkv: Tensor, table: _Table, valid: Tensor | None, bias: Tensor 
 def _flash(qkv: Tensor, num_heads: int, call: _FlashCall, scale: float) -> tuple[Tensor, Tensor]:
     """Return the call's output (B, rows, H, D) and log-sum-exp (B, rows, H)."""
     query, key, value = _views(qkv, num_heads)
-    group = num_heads // key.shape[2]
-    key, value = (x[:, call.keys].transpose(1, 2) for x in (key, value))
-    outs, logs = [], []
-    # Grouped queries take one call for each member of a group, so that keys are never copied.
-    for member in range(group):
-        out, log = cpu.flash(
-            query[:, call.rows, member::group].transpose(1, 2),
-            key,
-            value,
-            0.0,
-            call.is_causal,
-            attn_mask=_of_member(call.mask, member, group),
-            scale=scale,
-        )
-        outs.append(out.transpose(1, 2))
-        logs.append(log.transpose(1, 2))
-    if group == 1:
-        out, log = outs[0], logs[0]
-    else:
-        out, log = (torch.stack(x, 3).flatten(2, 3) for x in (outs, logs))
-    return out.contiguous(), log.contiguous()
-
-
-def _of_member(mask: Tensor | None, member: int, group: int) -> Tensor | None:
-    """Return the mask (1 or B, 1 or H, ...) of the heads `member` of each group."""
-    return mask if mask is None or mask.shape[1] == 1 else mask[:, member::group]
-
-
-def _dead(mask: Tensor | None) -> Tensor | None:
-    """Return where a mask of one row for all queries hides every key, (1 or B, 1, 1 or H)."""
-    return None if mask is None else (mask == -math.inf).all(-1).transpose(1, 2)
+    return cpu.grouped_flash(
+        query[:, call.rows], key[:, call.keys], value[:, call.keys], call.mask, scale, call.is_causal
+    )
 
 
 def _flash_forward(
@@ -434,9 +409,8 @@ def _flash_forward(
         part, log = _flash(qkv, num_heads, call, scale)
         # The kernel calls the log-sum-exp of no key 0.
         for logs, mask in ((lse, first.mask), (log, call.mask)):
-            dead = _dead(mask)
-            if dead is not None:
-                logs.masked_fill_(dead, -math.inf)
+            if mask is not None:
+                logs.masked_fill_(cpu.hides_all(mask), -math.inf)
         cpu.join(out[:, call.rows], lse[:, call.rows], part, log)
         lse.masked_fill_(lse == -math.inf, math.inf)
     return out, lse
@@ -458,6 +432,17 @@ def _flash_backward(
 
     `cpu_attention` says how it follows from the gradient of the values and each segment's share of attention.
     """
+    if bias is not None and qkv.dtype != bias.dtype:
+        # The gates' gradient is a difference that rounded results would leave too little of.
+        wide = qkv.to(bias.dtype)
+        out, exact = _flash_forward(wide, num_heads, table, valid, bias, scale)
+        exact.masked_fill_(lse == math.inf, math.inf)
+        grad_wide = torch.empty_like(wide)
+        by_segment = _flash_backward(
+            grad_out.to(bias.dtype), wide, out, exact, num_heads, table, valid, bias, scale, grad_wide
+        )
+        grad_qkv.copy_(grad_wide)
+        return by_segment
     query, key, value = _views(qkv, num_heads)
     grad_query, grad_key, grad_value = _views(grad_qkv, num_heads)
     group = num_heads // key.shape[2]
@@ -476,7 +461,7 @@ def _flash_backward(
                 lse[:, call.rows, heads].transpose(1, 2),
                 0.0,
                 call.is_causal,
-                attn_mask=_of_member(call.mask, member, group),
+                attn_mask=cpu.of_members(call.mask, heads),
                 scale=scale,
             )
             by_query, by_key, by_value = (grad.transpose(1, 2) for grad in grads)
@@ -518,7 +503,7 @@ def _flash_backward(
         if valid is not None and not is_causal:
             mask = mask.masked_fill(~valid[:, None, None, keys], -math.inf)
         _, log = _flash(qkv, num_heads, _FlashCall(rows, keys, mask, is_causal), scale)
-        share = log.sub_(lse[:, rows]).exp_().masked_fill_(_dead(mask), 0.0)
+        share = log.sub_(lse[:, rows]).exp_().masked_fill_(cpu.hides_all(mask), 0.0)
         pulled = share.mul_(delta[:, rows]).sum(1)
         by_segment[:, number] -= pulled
         by_segment[:, widest] += pulled
