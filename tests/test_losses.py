@@ -1,6 +1,7 @@
 """The contrastive losses on one process, against the dense formulas in fp64."""
 
 import math
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -456,3 +457,27 @@ def test_nothing_waits_for_a_device(op: Loss, form: str, monkeypatch: pytest.Mon
                 )
         with pytest.raises(DataDependentOutputException):
             scalars[0].item()
+
+
+def _growth_mib(op_name: str) -> float:
+    import resource
+
+    op = {"contrastive_loss": contrastive_loss, "sigmoid_loss": sigmoid_loss}[op_name]
+    bias = [-10.0] if op is sigmoid_loss else []
+
+    def step(num_rows: int) -> float:
+        leaves = [torch.nn.functional.normalize(torch.randn(num_rows, 64), dim=1) for _ in range(2)]
+        leaves = [tensor.requires_grad_() for tensor in (*leaves, *map(torch.tensor, (10.0, *bias)))]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        op(*leaves).backward()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+    step(64)  # thread pools and buffers of the library
+    return step(16_384)
+
+
+@pytest.mark.slow
+@LOSSES
+def test_resident_memory_grows_by_less_than_200_mib_where_one_matrix_is_a_gib(op: Loss) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_growth_mib, (op.__name__,)) < 200

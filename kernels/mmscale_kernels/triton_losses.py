@@ -18,15 +18,15 @@ docs/decisions.md has the arithmetic. A band is small enough to stay in an L2 ca
 from many bands, 8 bytes of traffic for each number of a gradient and band of the other side: that is why bands are
 rectangles and not whole columns.
 
-Memory beside the inputs: the gradients of x and y in fp32, a band (32 MiB; 96 MiB as a chunk), and the first pass's
-tables (64 MiB), so O((N + M) * D). At N = M = 65,536, D = 768 in bf16 that is 0.40 GB for the two gradients, 0.03 for
-the band and at most 0.2 for the tables and their sums, 0.64 GB at the highest point; a backward pass then has the
-0.40 GB and the bf16 results, 0.60 GB.
+Memory beside the inputs: the gradients of x and y in fp32, a band (32 MiB; 96 MiB with a chunk), and, in the first pass
+alone, its tables (64 MiB), so O((N + M) * D). At N = M = 65,536, D = 768 in bf16, counted and not measured: 0.07 GB in the
+first pass, 0.40 for the two gradients and 0.03 for the band in the second, and 0.60 in a backward pass, which has the 0.40
+and the results in bf16.
 
 fp16, bf16 and fp32 inputs; products are accumulated in fp32. fp32 products are IEEE ones unless torch's
 float32 matmul precision allows TF32. Positives are subtracted before a gradient is rounded to a half type, so that a
 probability near 1 leaves no rounding error behind. For fp16, whose range ends above 1 / N of a large batch, the band is
-multiplied by a power of the largest weight and what comes of it divided again. Exponentials are powers of 2 with the
+multiplied by what makes the largest weight 2^14, and what comes of it is divided again. Exponentials are powers of 2 with the
 scale folded into their base, as a device has them.
 """
 
