@@ -77,7 +77,7 @@ class Results:
 
 
 def run_tests(out: Path, smoke: bool, seconds: float, write: Any) -> None:
-    """The GPU-marked tests, shared out over the processors, since most of the time is compiling; killed after `seconds`."""
+    """The GPU-marked tests, shared out over the processors (most of the time is compiling); killed after `seconds`."""
     if importlib.util.find_spec("pytest") is None:
         write({"kind": "skipped", "case": "tests", "why": "pytest is not installed"})
         return
@@ -185,7 +185,7 @@ def worker_main(options: argparse.Namespace) -> int:
     last: list[Any] = [None]
 
     def after() -> None:
-        record = configs.record()
+        record = configs.record(device)
         if record != last[0]:
             last[0] = json.loads(json.dumps(record))
             emit("configs", **record)
