@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from mmscale_kernels import configs as kernel_configs
 
 from mmscale import checkpoint
 from mmscale.config import Config, parse_duration
@@ -119,6 +120,9 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         last_saved = step
         stream.load_state_dict(state["stream"])
         run.say(f"resumed at step {step} from {found.path}")
+        kernels = kernel_configs.record(world.device)
+        if change := kernel_configs.changes(state.get("kernels", kernels), kernels):
+            run.say(f"results may differ in their last bits from those of an uninterrupted run: {change}")
     else:
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         run.say(
@@ -153,6 +157,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
             "seconds": window.total_s,
             "skipped": skipped,
             "faults": all_faults(),
+            "kernels": kernel_configs.record(world.device),
         }
         path = checkpoint.save(
             engine, run.checkpoints, step=at, state=state, config=config, keep=config.train.keep_checkpoints
@@ -251,6 +256,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         "device": world.device.type,
         "steps_without_usable_samples": skipped,
         "substituted_samples": all_faults(),
+        "kernels": kernel_configs.record(world.device),
         "evaluations": run.evaluations(),
         "folder": str(run.folder),
     }

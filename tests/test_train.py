@@ -10,9 +10,11 @@ import tarfile
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
+from mmscale_kernels import configs as kernel_configs
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import run_config
@@ -335,3 +337,22 @@ def damage_pictures(source: Path, target: Path, *, every: int) -> None:
                 count += 1
             member.size = len(data)
             new.addfile(member, io.BytesIO(data))
+
+
+def test_a_change_of_the_kernels_tables_is_recorded_and_said(
+    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(scene_shards, f"run.dir={tmp_path / 'run'}", "data.evals={}", "train.duration=6")
+    events: list[Event] = []
+
+    def interrupt(event: Event) -> None:
+        if event["event"] == "save":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt)
+    monkeypatch.setattr(kernel_configs, "fingerprint", lambda: "another")
+    report = train(config, events.append)
+    assert report["kernels"] == {"tables": "another", "device": "interpreter", "used": ANY}
+    said = [event["text"] for event in events if event["event"] == "message"]
+    assert any("are another now" in text for text in said), said

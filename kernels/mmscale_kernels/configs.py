@@ -7,8 +7,8 @@ tuner may pick from, and the choice for each device it was tuned on::
                                         "default": {...}, "sm_90": {...}, "interpreter": {...}}}}
 
 Nothing is timed while a program runs: the order of sums follows from the block sizes, so a choice by stopwatch would
-change results from one start to the next. `record()` says what this process has used, for a run's folder, and
-`mmscale_kernels.tune` writes the tables anew on a device.
+change results from one start to the next. `record()` says what this process has used, for a run's report and its
+checkpoints, and `mmscale_kernels.tune` writes the tables anew on a device.
 
 The trade-off: a device without a column of its own gets the default, which may be some percent slower than the best.
 """
@@ -76,12 +76,22 @@ def fingerprint() -> str:
     return hashlib.sha256(json.dumps(_tables(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def record() -> dict[str, Any]:
-    """What decides the order of sums in this process: the tables' hash, and the configurations used so far."""
+def record(device: torch.device) -> dict[str, Any]:
+    """What decides the order of sums on this device: the tables' hash, and the configurations used by now."""
     return {
         "tables": fingerprint(),
+        "device": device_key(device),
         "used": {" / ".join(key): config for key, config in sorted(_used.items())},
     }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """In words, why results may differ in their last bits between two records; None if they need not."""
+    if before["device"] != now["device"]:
+        return f"kernels ran on {before['device']} before and run on {now['device']} now"
+    if before["tables"] != now["tables"]:
+        return f"the kernels' tables of configurations were {before['tables']} before and are {now['tables']} now"
+    return None
 
 
 @contextmanager

@@ -834,34 +834,35 @@ def _short_backward(
         lse = _joint_lse(lse_ptr, place, valid, NL)
         q = _load(q_ptr + sample * q_b + head * q_h, rows, q_t, dims, valid, D, BD, UPCAST)
         grad = _load(grad_ptr + sample * g_b + head * g_h, rows, g_t, dims, valid, D, BD, UPCAST)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
+        # keys by queries: the probabilities are the left operand of both products that keys own, straight from registers
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * _LOG2E)
         if ANY_GATED:
-            logits += gate[None, :]
-        seen = inside[None, :]
+            logits += gate[:, None]
+        seen = inside[:, None]
         if ANY_CAUSAL:
-            seen = seen & (limit[None, :] <= rows[:, None])
+            seen = seen & (limit[:, None] <= rows[None, :])
         logits = tl.where(seen, logits, -float("inf"))
-        p = tl.exp2(logits - lse[:, None])
-        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        dv += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision=PRECISION)
+        p = tl.exp2(logits - lse[None, :])
+        dv += tl.dot(p.to(grad.dtype), grad, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         # all keys are here, so delta needs no output: sum of p * dp
-        delta = tl.sum(p * dp, 1)
+        delta = tl.sum(p * dp, 0)
         if PULLED and NL == 1:
             delta -= tl.load(grad_lse_ptr + place, mask=valid, other=0.0)
-        ds = p * (dp - delta[:, None])
+        ds = p * (dp - delta[None, :])
         if PULLED and NL > 1:
             first = 0
             for s in tl.static_range(NS):
                 mine = (n >= first) & (n < first + sizes[s])
                 own = _own_lse(lse_ptr, place, s, valid, NL)
                 pull = tl.load(grad_lse_ptr + place * NL + s, mask=valid, other=0.0)
-                ds += tl.where(mine[None, :], tl.exp2(logits - own[:, None]) * pull[:, None], 0.0)
+                ds += tl.where(mine[:, None], tl.exp2(logits - own[None, :]) * pull[None, :], 0.0)
                 first += sizes[s]
         if ANY_GATED:
-            dgate += tl.sum(ds, 0)
+            dgate += tl.sum(ds, 1)
         rounded = ds.to(q.dtype)
-        dk += tl.dot(tl.trans(rounded), q, input_precision=PRECISION)
-        dq = tl.dot(rounded, k, input_precision=PRECISION) * scale
+        dk += tl.dot(rounded, q, input_precision=PRECISION)
+        dq = tl.dot(tl.trans(rounded), k, input_precision=PRECISION) * scale
         _store(dq_ptr + sample * dq_b + head * dq_h, rows, dq_t, dims, dq, present, D, BD)
     dk *= scale
     if DIRECT:
@@ -903,7 +904,7 @@ class Call:
 
     @property
     def shape_class(self) -> str:
-        return f"{'half' if self.query.element_size() == 2 else 'fp32'} d{self.width}"
+        return f"{'half' if self.query.element_size() == 2 else 'fp32'} d{max(64, self.width)}"
 
     def short_tile(self) -> int | None:
         """The size of the tile that holds all keys, where the short form serves this call; None = streaming."""
@@ -914,7 +915,11 @@ class Call:
 
     def launch(self, kernel: str, shape_class: str | None = None) -> dict[str, Any]:
         """The configuration of a kernel: blocks no larger than the shapes need, and the options of the launch."""
-        config = configs.choose(kernel, shape_class or self.shape_class, self.query.device)
+        if shape_class is None:
+            # A bias is one more tile to hold; at other widths the same blocks leave room for it.
+            biased = any(source.bias is not None for source in self.sources)
+            shape_class = "half d128 bias" if biased and self.shape_class == "half d128" else self.shape_class
+        config = configs.choose(kernel, shape_class, self.query.device)
         config["BM"] = min(config["BM"], max(16, triton.next_power_of_2(self.query.shape[1])))
         if "BN" in config:
             longest = max(source.key.shape[1] for source in self.sources)
@@ -1017,7 +1022,7 @@ def attend(call: Call, *, out: Tensor, lse: Tensor) -> None:
     given = _Sources(call, range(len(call.sources)))
     tile = call.short_tile()
     if tile is not None:
-        config = call.launch("attention_short_forward", f"{call.shape_class} n{tile}")
+        config = call.launch("attention_short_forward", f"{call.shape_class} n{max(64, tile)}")
         num_splits, rows_per_split = _splits(call, config["BM"])
         _short_forward[(num_splits * num_heads * batch,)](
             query, out, lse, given.keys, given.values, *given.masks,
@@ -1087,7 +1092,7 @@ def attend_backward(
                 gradients.gates[place] = sums[..., place]
 
     if tile is not None:
-        config = call.launch("attention_short_backward", f"{call.shape_class} n{tile}")
+        config = call.launch("attention_short_backward", f"{call.shape_class} n{max(64, tile)}")
         num_splits, rows_per_split = _splits(call, config["BM"])
         direct = num_splits == 1 and all(group == 1 for group in given.groups)
         shape = (0,) if direct else (batch, num_heads, num_splits, call.num_keys, width)
