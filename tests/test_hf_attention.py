@@ -276,7 +276,7 @@ def test_without_padding_nothing_is_masked(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_views_are_handed_on_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)
-    query, key, value = (torch.randn(2, 5, 4, 8).transpose(1, 2) for _ in range(3))
+    query, key, value = (x.transpose(1, 2) for x in torch.randn(2, 5, 3, 4, 8).unbind(2))
     layer = nn.Module()
     layer.is_causal = False  # type: ignore[assignment]
     call(layer, query, key, value, None)
@@ -305,6 +305,12 @@ def test_a_model_that_wants_the_whole_mask_gets_it(causal: bool) -> None:
     assert torch.equal(mask, wanted.tril() if causal else wanted)
 
 
+def test_queries_past_the_last_key_get_the_whole_mask() -> None:
+    """No flag says where they stand."""
+    mask = hf._make_mask(2, 3, 4, q_offset=2)
+    assert torch.equal(mask, torch.ones(2, 1, 3, 4, dtype=torch.bool).tril(2))
+
+
 def test_the_backend_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     name = hf.register_attention("mmscale_reference", backend="reference")
     spy = Spy(monkeypatch)
@@ -317,9 +323,16 @@ def test_the_backend_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_autocast_is_followed() -> None:
-    """bf16 keeps 8 bits: the two forms round sums of two layers differently by some times 2**-8."""
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        got, wanted = (make(T.ViTModel, T.ViTConfig(**IMAGE), name)(pixels())[0] for name in (NAME, "sdpa"))
+    """Queries that a rotation has made fp32 again are used in the dtype of autocast, as sdpa uses them.
+
+    bf16 keeps 8 bits: the two forms round to results that differ by some times 2**-8.
+    """
+    query = torch.randn(2, 4, 5, 8)
+    key, value = (torch.randn(2, 4, 5, 8).bfloat16() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = call(nn.Module(), query, key, value, None, is_causal=False)
+        wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    assert got.dtype == wanted.dtype == torch.bfloat16
     assert_same([got], [wanted], tolerance=0.03)
 
 
@@ -397,6 +410,13 @@ def test_refuses_sinks() -> None:
     refused("s_aux asks for attention sinks", T.GptOssModel, config, words("none"))
 
 
+def test_refuses_wide_windows_without_making_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would have Lq x Lk elements."""
+    monkeypatch.setattr(T.masking_utils, "sdpa_mask", lambda *_, **__: pytest.fail("the mask was made"))
+    config = T.MistralConfig(**TEXT, num_key_value_heads=2, sliding_window=4)
+    refused("window or chunk of 4 over 9 keys", T.MistralModel, config, words("none"))
+
+
 @pytest.mark.parametrize("side", ["none", "right"])
 def test_refuses_windows_that_hide_a_key(side: str) -> None:
     config = T.MistralConfig(**TEXT, num_key_value_heads=2, sliding_window=6)
@@ -426,7 +446,7 @@ def test_a_window_as_wide_as_the_text_hides_nothing(window: int) -> None:
     assert_same(got, wanted)
 
 
-def test_a_cache_that_forgets_what_the_window_hides_is_right() -> None:
+def test_a_cache_that_forgets_what_the_window_hides_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Generation goes beyond the window: each step hands only the keys within it."""
 
     def generate(attention: str) -> list[list[int]]:
@@ -434,7 +454,10 @@ def test_a_cache_that_forgets_what_the_window_hides_is_right() -> None:
         model = make(T.MistralForCausalLM, config, attention)
         return model.generate(**words("left"), max_new_tokens=8, do_sample=False, eos_token_id=None).tolist()
 
+    spy = Spy(monkeypatch)
     assert generate(NAME) == generate("sdpa")
+    assert [source.bias for _, source, _ in spy.calls] == [None] * 16
+    assert max(source.key.shape[1] for _, source, _ in spy.calls) == 10
 
 
 def test_refuses_chunks() -> None:
@@ -458,6 +481,11 @@ def test_refuses_sequences_packed_into_a_row() -> None:
 def test_refuses_to_return_attention_weights(name: str) -> None:
     kind, config, inputs = MODELS[name]
     refused("output_attentions asks for", kind, config(), inputs("none") | {"output_attentions": True})
+
+
+def test_refuses_masks_of_three_dimensions() -> None:
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones(3, 9, 9)}
+    refused(r"attention_mask has shape \(3, 9, 9\); it needs", T.BertModel, T.BertConfig(**TEXT), inputs)
 
 
 def test_refuses_packed_lengths_and_what_it_does_not_know() -> None:
@@ -618,9 +646,68 @@ def test_check_fails_on_another_setting_and_on_layers_not_reached() -> None:
 
 
 def test_check_passes_errors_of_the_model_on() -> None:
-    kind, config, _ = MODELS["llama"]
+    kind, config, inputs = MODELS["llama"]
+    model = make(kind, config())
     with pytest.raises(IndexError):
-        hf.check_attention(make(kind, config()), {"input_ids": torch.tensor([[1000]])})
+        hf.check_attention(model, {"input_ids": torch.tensor([[1000]])})
+    failures = [ArithmeticError("only once")]
+
+    def fail(*_: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError, match="only once"):
+        hf.check_attention(model, inputs("none"))
+
+
+def test_check_evaluates_without_gradients() -> None:
+    kind, config, inputs = MODELS["llama"]
+    model = make(kind, config()).train()
+    seen: list[tuple[bool, bool]] = []
+    model.norm.register_forward_pre_hook(
+        lambda module, _: seen.append((module.training, torch.is_grad_enabled()))
+    )
+    hf.check_attention(model, inputs("none"))
+    assert seen == [(False, False)]
+
+
+class Core(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return call(self, x, x, x, None, is_causal=False)
+
+
+class AttentionNorm(nn.Identity):
+    pass
+
+
+class OuterAttention(nn.Module):
+    """Calls from a part that isn't called attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = Core()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x)
+
+
+class NormedAttention(Core):
+    """Has a part that is called attention and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = AttentionNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+@pytest.mark.parametrize("layer", [OuterAttention, NormedAttention])
+def test_check_sees_calls_around_and_within_a_layer(layer: type[nn.Module]) -> None:
+    model = nn.Sequential(layer())
+    model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
+    assert sum(hf.check_attention(model, {"x": torch.randn(2, 2, 5, 8)}).calls.values()) == 1
 
 
 def test_the_example_in_the_docs_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,9 @@ class _Check:
     """What `check_attention` asks of the calls while it runs; plain attributes, because torch.compile reads them."""
 
     calls: list[nn.Module] | None = None  # the modules that called, in order
-    plain_masks: bool = False  # whether masks are to be such that any model can add them to its logits
+    plain_masks: bool = (
+        False  # whether masks are to be such that a model doesn't fail that adds them to its logits
+    )
 
 
 def register_attention(name: str = "mmscale_triton", *, backend: str | None = None) -> str:
@@ -168,7 +170,6 @@ def check_attention(
             except Exception as error:
                 # A layer that adds our mask to logits of its own fails; with masks that it can add, we see which one.
                 failure = error
-                called.clear()
                 _Check.plain_masks = True
                 try:
                     model(**inputs)
@@ -208,13 +209,10 @@ def check_attention(
 
 def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the innermost modules of the model that are called attention, by name."""
-    from transformers import PreTrainedModel
-
     named = {
         name: module
         for name, module in model.named_modules()
         if re.search("attention|attn", type(module).__name__, re.IGNORECASE)
-        and not isinstance(module, PreTrainedModel)
     }
     return {
         name: module
@@ -430,8 +428,7 @@ def _make_mask(
         )
     causal = mask_function is causal_function
     if _Check.plain_masks:
-        seen = dense(mask_function=mask_function, attention_mask=attention_mask)
-        return _as_bias("the mask", seen, torch.float32)
+        return dense(mask_function=mask_function, attention_mask=attention_mask)
     # A model that doesn't allow to leave the mask away works on it further, and expects four dimensions.
     leave = allow_is_causal_skip if allow_is_bidirectional_skip is None else allow_is_bidirectional_skip
     # The last query stands at the last key that counts; behind that a static cache has room for more.
