@@ -18,16 +18,16 @@ docs/decisions.md has the arithmetic. A band is small enough to stay in an L2 ca
 from many bands, 8 bytes of traffic for each number of a gradient and band of the other side: that is why bands are
 rectangles and not whole columns.
 
-Memory beside the inputs: the gradients of x and y in fp32, a band (32 MiB; 96 MiB with a chunk), and, in the first pass
-alone, its tables (64 MiB), so O((N + M) * D). At N = M = 65,536, D = 768 in bf16, counted and not measured: 0.07 GB in the
-first pass, 0.40 for the two gradients and 0.03 for the band in the second, and 0.60 in a backward pass, which has the 0.40
-and the results in bf16.
+Memory beside the inputs: the gradients of x and y in fp32, a band (32 MiB; 96 MiB with a chunk), and, in the
+first pass alone, its tables (64 MiB), so O((N + M) * D). At N = M = 65,536, D = 768 in bf16, counted and not
+measured: 0.07 GB in the first pass, 0.40 for the two gradients and 0.03 for the band in the second, and 0.60
+in a backward pass, which has the 0.40 and the results in bf16.
 
 fp16, bf16 and fp32 inputs; products are accumulated in fp32. fp32 products are IEEE ones unless torch's
-float32 matmul precision allows TF32. Positives are subtracted before a gradient is rounded to a half type, so that a
-probability near 1 leaves no rounding error behind. For fp16, whose range ends above 1 / N of a large batch, the band is
-multiplied by what makes the largest weight 2^14, and what comes of it is divided again. Exponentials are powers of 2 with the
-scale folded into their base, as a device has them.
+float32 matmul precision allows TF32. Positives are subtracted before a gradient is rounded to a half type, so
+that a probability near 1 leaves no rounding error behind. For fp16, whose range ends above 1 / N of a large
+batch, the band is multiplied by what makes the largest weight 2^14, and what comes of it is divided again.
+Exponentials are powers of 2 with the scale folded into their base, as a device has them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -638,8 +638,8 @@ class _Vectors:
 
     def shares(self, rows: slice, columns: slice) -> list[Tensor | None]:
         """A block's row_share, column_share, row_smooth and column_smooth."""
-        pairs = ((self.row_share, rows), (self.column_share, columns))
-        pairs += ((self.row_smooth, rows), (self.column_smooth, columns))
+        pairs = [(self.row_share, rows), (self.column_share, columns)]
+        pairs += [(self.row_smooth, rows), (self.column_smooth, columns)]
         return [None if vector is None else vector[part] for vector, part in pairs]
 
     def labels(self, rows: slice, columns: slice) -> list[Tensor | None]:
@@ -786,8 +786,11 @@ def _add_products(
         elif factor is None:
             torch.addmm(result, left, right, out_dtype=torch.float32, out=result)
         else:
-            fp32 = {"out_dtype": torch.float32} if _has_fp32_output(x) else {}
-            result.addcmul_(torch.mm(left, right, **fp32), (1 / factor).float())
+            if _has_fp32_output(x):
+                change = torch.mm(left, right, out_dtype=torch.float32)
+            else:
+                change = left @ right
+            result.addcmul_(change, (1 / factor).float())
 
 
 def sigmoid(
