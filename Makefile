@@ -2,6 +2,7 @@
 # make test    installs, runs the fast tests
 # make check   lint, types and import contracts
 # make test-long   the tests marked slow or chaos
+# make test-triton36   the kernels' tests under the oldest triton that they work with
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,8 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := not slow and not chaos and not peers and not gpu
 LONG := (slow or chaos) and not peers and not gpu
+TRITON36 := $(VENV)/triton-3.6
 
-.PHONY: demo test test-long check format install clean
+.PHONY: demo test test-long test-triton36 check format install clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -32,6 +34,21 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m "$(LONG)"
+
+# Beside the environment, not in it: found first through PYTHONPATH. Its interpreter needs an older numpy, too.
+$(TRITON36)/.installed: $(STAMP)
+	rm -rf $(TRITON36)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON36) triton==3.6.0 numpy==2.3.5
+	@touch $@
+
+# In two processes: attention takes as long as all others.
+test-triton36: $(TRITON36)/.installed
+	export PYTHONPATH=$(CURDIR)/$(TRITON36); \
+	$(BIN)/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__' || exit 1; \
+	run() { $(BIN)/python -m pytest -m "$(FAST)" -k "under_the_interpreter or h100" "$$@"; }; \
+	run tests/test_triton_attention.py & attention=$$!; \
+	run tests/test_compiled.py $(filter-out %_attention.py,$(wildcard tests/test_triton_*.py)); others=$$?; \
+	wait $$attention && exit $$others
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -497,19 +497,36 @@ def _join(result: dict[str, Any], case: str, figures: Figures | str) -> None:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's table: the choices of each target, without the candidates that were not chosen."""
+    """The README's table: each choice for `TUNED`; of the other targets a line a kernel, the worst of its classes."""
     lines = [
-        "| kernel | class | configuration | target | shared KiB | registers | spills B | tensor cores |",
+        "| kernel | class | configuration | target | shared KiB | registers | spills B | halves multiplied by |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
+
+    def add(kernel: str, shape_class: str, config: str, target: str, of: Sequence[Mapping[str, Any]]) -> None:
+        shared = max(row["shared_bytes"] for row in of) / 1024
+        registers, spills = (max(row[name] for row in of) for name in ("registers", "spill_bytes"))
+        instructions = ", ".join(sorted({name for row in of for name in row["instructions"]}))
+        words = f"`{kernel}` | {shape_class} | {config} | {target} | {shared:.1f} | {registers} | {spills}"
+        lines.append(f"| {words} | {instructions} |")
+
+    others: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["chosen"]:
+        if row["chosen"] and row["target"] == TUNED:
             config = " ".join(f"{name}={value}" for name, value in row["config"].items())
-            lines.append(
-                f"| `{row['kernel']}` | {row['class']} | {config} | {row['target']} | {row['shared_bytes'] / 1024:.1f} "
-                f"| {row['registers']} | {row['spill_bytes']} | {', '.join(row['instructions'])} |"
-            )
+            add(row["table"] or row["kernel"], row["class"], config, TUNED, [row])
+        elif row["chosen"]:
+            others.setdefault((row["target"], row["table"] or row["kernel"]), []).append(row)
+    for (target, kernel), of in sorted(others.items()):
+        add(kernel, f"worst of {len(of)}", "its choices", target, of)
     return "\n".join(lines)
+
+
+def dump(result: Mapping[str, Any]) -> str:
+    """The result as JSON, a row a line."""
+    rows = ",\n".join(json.dumps(row) for row in result.get("rows", []))
+    head = json.dumps({name: value for name, value in result.items() if name != "rows"}, indent=1)
+    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
 def write_readme(text: str, path: Path = README) -> None:
@@ -562,7 +579,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"compiled in {time.perf_counter() - start:.0f} s")
     path = options.out or RESULT
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.write_text(dump(result), encoding="utf-8")
     if options.out is None:
         write_readme(table_of(result["rows"]))
     failed = [row for row in result.get("rows", []) if row["failed"]]

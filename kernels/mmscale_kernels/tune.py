@@ -249,13 +249,13 @@ def workloads(tiny: bool = False) -> list[Workload]:
                         "losses", name, loss_step,
                         dtype=dtype, rows=rows, width=width, sigmoid=sigmoid, backward=backward,
                     )  # fmt: skip
-        for queries, width in ((8, 8),) if tiny else ((300, 32), (13294, 32), (300, 64), (300, 128)):
-            shapes = ((4, 4), (2, 2)) if tiny else ((100, 100), (50, 50), (25, 25), (13, 13))
+        for queries, width in ((2, 8),) if tiny else ((300, 32), (13294, 32), (300, 64), (300, 128)):
+            shapes = ((2, 2), (1, 1)) if tiny else ((100, 100), (50, 50), (25, 25), (13, 13))
             name = f"deformable {word} Lq={queries} D={width}"
             add(
                 "deformable", name, deformable_step,
-                dtype=dtype, batch=1 if tiny else 2, queries=queries, heads=2 if tiny else 8, width=width,
-                shapes=shapes, points=2 if tiny else 4,
+                dtype=dtype, batch=1 if tiny else 2, queries=queries, heads=1 if tiny else 8, width=width,
+                shapes=shapes, points=1 if tiny else 4,
             )  # fmt: skip
     return found
 
