@@ -191,7 +191,7 @@ def test_low_precision(dtype: torch.dtype, gated: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_plain(dtype: torch.dtype, columns: int) -> None:
     """Against fp64, the error of out and of each gradient is at most twice that of matmul, softmax, matmul in dtype."""
-    torch.manual_seed(22)
+    torch.manual_seed(5)
     buffer, gate, weight = torch.randn(2, columns, 12, 16), torch.randn(2, 4), torch.randn(2, columns, 4, 16)
     column = torch.arange(columns)
     half = columns // 2

@@ -177,15 +177,16 @@ def _run(
             if tensor is not None:
                 tensors.append(tensor)
     keys, values = [source.key for source in sources], [source.value for source in sources]
-    table = (index, [source.causal for source in sources], query_lengths, scale, dropout_p, seeds, place)
-    lists = (keys, values, *flat)
+    table: Any = (index, [source.causal for source in sources], query_lengths, scale, dropout_p, seeds, place)
+    lists: Any = (keys, values, *flat)
     if not cpu.is_direct(together := [query, *(tensor for tensors in lists for tensor in tensors)]):
         return _attention(query, *lists, *table, backend or "")
-    if not wants_lse and backend != "triton" and _use_flash(query, dropout_p):
+    if not wants_lse and _use_flash(query, dropout_p):
         _check(query, sources, query_lengths, seeds)
-        if cpu.shares_a_call(query, chosen := [_flash_source(source) for source in sources]):
-            _choose(query, len(sources), backend)
-            return _Joined.apply(chosen, query_lengths, scale, *together)
+        known_sources = [_flash_source(source) for source in sources]
+        is_torch = _choose(query, len(sources), backend).backend == "torch"
+        if is_torch and cpu.shares_a_call(query, known_sources):
+            return _Joined.apply(known_sources, query_lengths, scale, *together)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in together):
         return _Direct.apply([len(tensors) for tensors in lists], (*table, backend or ""), *together)
     return _attend(query, *lists, *table, backend or "")
@@ -463,9 +464,9 @@ def _backward(
     grad_keys, grads = grads[:num_keys], grads[num_keys:]
     grad_values, grads = grads[:num_keys], grads[num_keys:]
     grad_gates, grad_biases = grads[:num_gates], grads[num_gates:]
-    grad_biases = [grad if want else None for grad, want in zip(grad_biases, ctx.wants_bias, strict=True)]
+    by_bias = [grad if want else None for grad, want in zip(grad_biases, ctx.wants_bias, strict=True)]
     nothing = [None] * num_lengths, [None] * num_starts
-    return grad_query, grad_keys, grad_values, *nothing, grad_gates, grad_biases, *[None] * 8
+    return grad_query, grad_keys, grad_values, *nothing, grad_gates, by_bias, *[None] * 8
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -476,7 +477,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, counts: list[int], table: tuple[Any, ...], query: Tensor, *flat: Tensor) -> Any:
-        lists = _split(flat, counts)
+        lists: Any = _split(flat, counts)
         out, source_lse = _attend(query, *lists, *table)
         _setup_context(ctx, (query, *lists, *table), (out, source_lse))
         return out, source_lse

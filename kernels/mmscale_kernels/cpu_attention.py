@@ -177,12 +177,12 @@ def attend_backward(
                 runs = [(joint, shift, True)]
             else:  # next to no share: its log-sum-exp gets gradients from calls with probabilities of its own
                 runs.append((own.masked_fill(own == -math.inf, math.inf), pull, False))
-        for log, shift, has_out in runs:
+        for log, moved, has_out in runs:
             if source.gate is not None:
                 log = log - source.gate[:, None]  # a gate of -inf makes it inf: no key of the source counts
-            for part in _parts(query, source, rows, scale):
+            for part in _parts(query, source, rows):
                 _backward_part(
-                    part, grad_out if has_out else None, query, source, scale, out, log, shift,
+                    part, grad_out if has_out else None, query, source, scale, out, log, moved,
                     query_sum, key_sum, value_sum, gate,
                 )  # fmt: skip
         if gate is not None:
@@ -414,7 +414,7 @@ def _attend_source(
 ) -> tuple[Tensor, Tensor]:
     """Return the softmax over one source, (B, Lq, H, D), and its log-sum-exp with the gate, (B, Lq, H)."""
     out = log = None
-    for part in _parts(query, source, rows, scale):
+    for part in _parts(query, source, rows):
         for members in _members(query, source.key):
             block = _Block.of(part, query, source, members, clean_queries=False)
             part_out, part_log = flash(
@@ -555,7 +555,7 @@ def _members(query: Tensor, key: Tensor) -> list[slice | None]:
     return [None] if group == 1 else [slice(member, None, group) for member in range(group)]
 
 
-def _parts(query: Tensor, source: FlashSource, rows: list[int] | None, scale: float) -> Iterator[_Part]:
+def _parts(query: Tensor, source: FlashSource, rows: list[int] | None) -> Iterator[_Part]:
     """Yield blocks that cover every visible (query, key) pair once, the queries of each source's samples in order."""
     batch, num_queries, heads, width = query.shape
     size = source.key.shape[1]
