@@ -117,7 +117,7 @@ def attention_step(
             source["bias"] = _randn(device, dtype, 1, heads, queries, size)
             inputs.append(source["bias"])
         sources.append(Source(**source))
-    options = {"dropout_p": dropout, "seed": 0 if dropout else None, "softmax": softmax, "return_mass": mass}
+    options: dict[str, Any] = {"dropout_p": dropout, "seed": 0 if dropout else None, "softmax": softmax, "return_mass": mass}
     call = partial(cross_modal_attention, query, sources, backend="triton", **options)
     return _step(call, inputs, backward)
 
@@ -419,7 +419,7 @@ def tune(
                     say(f"{kernel} / {shape_class}: no workload reaches it; left as it is")
                     continue
                 chosen = reached[pair][:MOST_WORKLOADS]
-                before = entry.get(column, entry["default"])
+                before: Config = entry[column if column in entry else "default"]
                 with configs.override(choices=decided):
                     steps = {workload.name: workload.build(device) for workload in chosen}
                     finding = compare(steps, pair, entry["candidates"], before, timer=timer, repeats=repeats)
