@@ -189,7 +189,8 @@ def _run(
             return _Joined.apply(known_sources, query_lengths, scale, *together)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in together):
         return _Direct.apply([len(tensors) for tensors in lists], (*table, backend or ""), *together)
-    return _attend(query, *lists, *table, backend or "")
+    arguments: Any = (query, *lists, *table, backend or "")
+    return _attend(*arguments)
 
 
 def _attend(
