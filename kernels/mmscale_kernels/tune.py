@@ -117,7 +117,12 @@ def attention_step(
             source["bias"] = _randn(device, dtype, 1, heads, queries, size)
             inputs.append(source["bias"])
         sources.append(Source(**source))
-    options: dict[str, Any] = {"dropout_p": dropout, "seed": 0 if dropout else None, "softmax": softmax, "return_mass": mass}
+    options: dict[str, Any] = {
+        "dropout_p": dropout,
+        "seed": 0 if dropout else None,
+        "softmax": softmax,
+        "return_mass": mass,
+    }
     call = partial(cross_modal_attention, query, sources, backend="triton", **options)
     return _step(call, inputs, backward)
 
