@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 # Stands before the real command on the PATH and makes everything small; what is run is otherwise what README says.
 WRAPPER = """#!/bin/bash
@@ -67,3 +68,23 @@ def test_commands_run_as_written(tmp_path):
             check=False,
         )
         assert done.returncode == 0, f"{commands}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_python_runs_as_written(number):
+    exec(compile(SNIPPETS[number], f"README.md, snippet {number}", "exec"), {})
+
+
+def test_kernels_are_shown_in_a_few_lines():
+    operators = (
+        "contrastive_loss",
+        "sigmoid_loss",
+        "cross_modal_attention",
+        "packed_attention",
+        "deformable_attention",
+    )
+    for name in operators:
+        assert any(f"{name}(" in snippet for snippet in SNIPPETS), name
+    for snippet in SNIPPETS:
+        lines = [line for line in snippet.splitlines() if line and not line.startswith(("import ", "from "))]
+        assert len(lines) <= 5, snippet
