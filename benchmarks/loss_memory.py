@@ -2,6 +2,7 @@
 
     python benchmarks/loss_memory.py                   # N = 1,024 to 16,384 in float32; some minutes, 8 GiB
     python benchmarks/loss_memory.py --only memory     # or speed, or picture (drawn anew from the results)
+    OMP_NUM_THREADS=1 python benchmarks/loss_memory.py --only speed    # on a machine that others use too
 
 Writes `loss_memory.json` and `loss_speed.json` into benchmarks/results/ and draws the first as
 docs/images/loss_memory.png (with matplotlib: the extra "bench").
@@ -124,6 +125,8 @@ def speed(cases: list[tuple[str, int, int]], repeats: int) -> list[dict[str, Any
             row[form] = {f"p{p}_ms": round(1e3 * cuts[p // 10 - 1], 3) for p in (20, 50, 80)}
         row["speedup_p50"] = round(row["dense"]["p50_ms"] / row["tiled"]["p50_ms"], 3)
         rows.append(row)
+        # As it goes: a run that is cut off keeps what it has.
+        write("loss_speed", {**setting(repeats=repeats, warm_up=1), "rows": rows})
         print(
             f"{loss} N={num_rows} D={width}: dense {row['dense']['p50_ms']:,.1f} ms, "
             f"tiled {row['tiled']['p50_ms']:,.1f} ms, {row['speedup_p50']:.2f}x",
@@ -213,8 +216,7 @@ def main() -> int:
         rows = memory([(loss, form, n, WIDTHS[0]) for loss in LOSSES for form in FORMS for n in sizes])
         write("loss_memory", {**setting(), "rows": rows})
     if args.only in (None, "speed"):
-        rows = speed([(loss, n, width) for loss in LOSSES for width in WIDTHS for n in sizes], args.repeats)
-        write("loss_speed", {**setting(repeats=args.repeats, warm_up=1), "rows": rows})
+        speed([(loss, n, width) for n in sizes for width in WIDTHS for loss in LOSSES], args.repeats)
     if args.only != "speed":
         draw()
     return 0
