@@ -100,8 +100,8 @@ else:
     @pytest.mark.parametrize(
         ("offsets", "causal", "columns", "heads", "width", "gated"),
         [
-            ((0,), (False,), 5, (1, 1), 3, ""),
-            ((0,), (True,), 37, (2, 1), 16, ""),
+            pytest.param((0,), (False,), 5, (1, 1), 3, "", marks=pytest.mark.slow),
+            pytest.param((0,), (True,), 37, (2, 1), 16, "", marks=pytest.mark.slow),
             ((0,), (True,), 19, (2, 2), 16, "each"),
             ((0, 3, 20), (False, False, True), 40, (4, 2), 24, "each"),
             ((0, 3, 20), (False, False, True), 29, (2, 2), 8, ""),
@@ -187,8 +187,15 @@ else:
     def test_sources_in_half_precision(name: str, form: str) -> None:
         check_sources(name, torch.float16)
 
-    @pytest.mark.parametrize("name", SOURCES)
+    @pytest.mark.parametrize(
+        "name", ["starts", "two kinds of heads", "three, one of them empty", "none but empty"]
+    )
     def test_sources(name: str, form: str) -> None:
+        check_sources(name, torch.float32)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", SOURCES)
+    def test_more_sources(name: str, form: str) -> None:
         check_sources(name, torch.float32)
 
     def check_sources(name: str, dtype: torch.dtype) -> None:
@@ -251,8 +258,15 @@ else:
     def test_bias_of_any_shape(shape: tuple[int, ...], dtype: torch.dtype, dropout_p: float) -> None:
         check_bias(shape, dtype, dropout_p=dropout_p, seed=3 if dropout_p else None)
 
-    @pytest.mark.parametrize("seed", [3, torch.tensor([2**60 + 17, -5])], ids=["number", "a sample"])
-    @pytest.mark.parametrize("softmax", ["joint", "per_source"])
+    @pytest.mark.parametrize(
+        ("softmax", "seed"),
+        [
+            ("joint", torch.tensor([2**60 + 17, -5])),
+            pytest.param("joint", 3, marks=pytest.mark.slow),
+            pytest.param("per_source", 3, marks=pytest.mark.slow),
+        ],
+        ids=["joint, a sample", "joint, a number", "per source"],
+    )
     def test_dropout_is_that_of_the_torch_form(softmax: str, seed: int | Tensor) -> None:
         query, sources, options = make("two kinds of heads", 8, torch.float32)
         options |= {"dropout_p": 0.4, "seed": seed, "softmax": softmax, "return_lse": True}
