@@ -216,10 +216,14 @@ class Row:
 
 @dataclass
 class Captured:
-    """All that was found: variants by what makes them one, classes that no case reached, calls that were refused."""
+    """All that was found: variants by what makes them one, and calls that were refused.
+
+    unreached: classes that no case asks for. interpreted: classes that only the interpreter's choices lead to.
+    """
 
     variants: dict[str, Variant] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    interpreted: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -321,6 +325,7 @@ def capture(todo: Sequence[Case], targets: Sequence[str], *, candidates: bool) -
     reached: set[tuple[str, tuple[str, str]]] = set()
     launched: set[tuple[str, tuple[str, str]]] = set()
     asked: set[tuple[str, str]] = set()
+    interpreted: set[tuple[str, str]] = set()
     case_name, now, choices, only = "", Round(), Round().choices(), None
 
     def record(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -346,7 +351,8 @@ def capture(todo: Sequence[Case], targets: Sequence[str], *, candidates: bool) -
     def run(step: tune.Step) -> set[tuple[str, str]]:
         with configs.override(device=now.target, choices=choices):
             pairs = set(tune.used_by(step))
-        asked.update(pairs)
+        if now.target != configs.INTERPRETER:
+            asked.update(pairs)
         return pairs
 
     precision = torch.get_float32_matmul_precision()
@@ -375,10 +381,15 @@ def capture(todo: Sequence[Case], targets: Sequence[str], *, candidates: bool) -
                     for now in rest if only else ():
                         choices = now.choices()
                         run(step)
+                # What only the interpreter's small sizes lead to is never compiled; here it counts as known.
+                now, only = Round(configs.INTERPRETER), set()
+                choices = now.choices()
+                interpreted |= run(step)
             except ValueError as error:
                 found.refused[case.name] = str(error)
     torch.set_float32_matmul_precision(precision)
-    found.unreached = [" / ".join(pair) for pair in sorted(set(entries) - asked)]
+    found.unreached = [" / ".join(pair) for pair in sorted(set(entries) - asked - interpreted)]
+    found.interpreted = [" / ".join(pair) for pair in sorted(interpreted - asked)]
     return found
 
 
@@ -570,6 +581,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "refused": captured.refused,
         "unreached": [] if options.quick else captured.unreached,
+        "interpreter_alone": [] if options.quick else captured.interpreted,
     }
     if options.list:
         result["keys"] = sorted(captured.rows_by_key)

@@ -116,6 +116,8 @@ def test_the_committed_result_covers_the_tables(tmp_path: Path) -> None:
         table = json.loads((ROOT / "kernels" / "mmscale_kernels" / "tables" / f"{family}.json").read_text())
         for kernel, classes in table.items():
             for shape_class, entry in classes.items():
+                if f"{kernel} / {shape_class}" in now["interpreter_alone"]:
+                    continue
                 for config in entry["candidates"]:
                     if "num_warps" in config:  # else it chooses between kernels
                         words = " | ".join((kernel, shape_class, words_of(config), "sm_90"))
