@@ -539,9 +539,81 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
         "dropout": ({"dropout_p": 1.0}, "dropout_p is 1.0"),
         "no seed": ({"dropout_p": 0.5}, "seed is None"),
         "seed": ({"dropout_p": 0.5, "seed": torch.zeros(3).long()}, "seed has shape"),
+        "no rank": ({"query": torch.zeros(())}, r"query has shape \(\)"),
+        "no rank, dropout": (
+            {"query": torch.zeros(()), "dropout_p": 0.5, "seed": 1},
+            r"query has shape \(\)",
+        ),
+        "no width": ({"query": torch.zeros(2, 3, 4, 0)}, r"query has shape \(2, 3, 4, 0\)"),
+        "no tensor": ({"query": [1.0]}, "query is a list"),
+        "sources": ({"sources": 5}, "sources is int"),
+        "key": ({"sources": one(key=None)}, r"sources\[0\].key is a NoneType"),
+        "list of lengths": ({"sources": one(lengths=[1, 2])}, r"sources\[0\].lengths is a list"),
+        "number as gate": ({"sources": one(gate=0.5)}, r"sources\[0\].gate is a float"),
+        "list of query_lengths": ({"query_lengths": [1, 2]}, "query_lengths is a list"),
+        "seed of no kind": ({"dropout_p": 0.5, "seed": 1.5}, "seed is 1.5"),
+        "scale": ({"scale": torch.tensor(0.5)}, "scale is a tensor"),
         "backend": ({"backend": "cuda"}, "backend is 'cuda'"),
         "no kernel": ({"backend": "triton", "dropout_p": 0.1, "seed": 0}, "triton"),
     }
+
+
+@pytest.mark.parametrize("options", [{}, {"return_mass": True}, {"dropout_p": 0.3, "seed": 1}], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_changes_nothing(backend: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    query, gate, bias = (leaf(*shape, dtype=torch.float32) for shape in ((2, 7, 2, 8), (2,), (7, 40)))
+    key, value = (leaf(2, 40, 2, 8, dtype=torch.float32) for _ in range(2))
+    for sources in ([Source(key, value, gate=gate), Source(value, key)], [Source(key, value, bias=bias)]):
+        runs = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = cross_modal_attention(query, sources, backend=backend, **options)
+                runs.append(list(out) if isinstance(out, tuple) else [out])
+            loss = sum((x.square().sum() for x in runs[-1]), start=torch.zeros(()))
+            runs[-1] += torch.autograd.grad(loss, leaves_of(query, sources))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_the_backward_pass_under_autocast() -> None:
+    torch.manual_seed(0)
+    query, key, bias = (leaf(*shape, dtype=torch.float32) for shape in ((2, 7, 2, 8), (2, 9, 2, 8), (7, 9)))
+    runs = []
+    for enabled in (False, True):
+        out = cross_modal_attention(query, [Source(key, key, bias=bias)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            runs.append(torch.autograd.grad(out, [query, key, bias], torch.ones(out.shape)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("softmax", ["joint", "per_source"])
+def test_a_gate_of_minus_infinity_closes_the_only_source(softmax: str) -> None:
+    torch.manual_seed(0)
+    gate = torch.tensor([-math.inf, 0.0], dtype=torch.float64).requires_grad_()
+    query, one = leaf(2, 7, 2, 8), source(2, 9, 2, 8, gate=gate)
+    options: dict[str, Any] = {"softmax": softmax, "return_lse": True}
+    for sources in ([one], [one, source(2, 5, 2, 8)]):
+        got, wanted = (results(query, sources, backend=b, **options) for b in ("torch", "reference"))
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_second_derivative_is_refused(lse: bool, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient penalty must never lose its gradient without a word."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(cpu, "has_few", lambda *_: False, raising=False)
+    query, one = leaf(2, 5, 2, 8), source(2, 6, 2, 8, bias=leaf(5, 6) if biased else None)
+
+    def penalty(backend: str) -> Tensor:
+        out = cross_modal_attention(query, [one], return_lse=lse, backend=backend)
+        out = out[0] if isinstance(out, tuple) else out
+        (slope,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+        return slope.square().sum() + query.sum()
+
+    penalty("reference").backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        penalty("torch").backward()
 
 
 @pytest.mark.parametrize("name", bad_calls())

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import mmscale_kernels.cpu_attention as cpu
 import mmscale_kernels.packed as packed
 import pytest
 import torch
@@ -297,6 +298,52 @@ def test_every_run_gives_the_same_bits() -> None:
             assert all(torch.equal(a, b) for a, b in zip(results(qkv, arguments), first, strict=True))
 
 
+@pytest.mark.parametrize("columns", [12, 300])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_changes_nothing(backend: str, columns: int) -> None:
+    torch.manual_seed(0)
+    qkv, gates = torch.randn(2, columns, 6, 8).requires_grad_(), torch.randn(2, 2).requires_grad_()
+    lengths = torch.tensor([[5, columns - 5], [2, 3]])
+    runs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = packed_attention(
+                qkv,
+                num_heads=2,
+                offsets=(0, 5),
+                lengths=lengths,
+                causal=(False, True),
+                gates=gates,
+                backend=backend,
+            )
+        runs.append([out, *torch.autograd.grad(out, [qkv, gates], torch.ones(out.shape))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_second_derivative_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_few", lambda *_: False, raising=False)
+    qkv = torch.randn(2, 12, 6, 8).requires_grad_()
+    lengths = torch.tensor([[5, 7], [2, 3]])
+    out = packed_attention(qkv, num_heads=2, offsets=(0, 5), lengths=lengths, causal=(False, True))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), qkv, create_graph=True)
+
+
+def test_gates_wider_than_the_buffer() -> None:
+    torch.manual_seed(0)
+    qkv, gates = torch.randn(2, 12, 6, 8).requires_grad_(), torch.randn(2, 2).double().requires_grad_()
+    both = []
+    for backend in ("torch", "reference"):
+        out = packed_attention(
+            qkv, num_heads=2, offsets=(0, 5), lengths=torch.tensor([[5, 7], [2, 3]]), causal=(False, True),
+            gates=gates, backend=backend,
+        )  # fmt: skip
+        both.append([out, *torch.autograd.grad(out.square().sum(), [qkv, gates])])
+    for a, b in zip(*both, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # sums of a dozen terms in fp32
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"qkv": torch.zeros(2, 6, 8)}, r"qkv has shape \(2, 6, 8\)"),
     "dtype": ({"qkv": torch.zeros(2, 6, 8, 4, dtype=torch.int64)}, "qkv has dtype torch.int64"),
@@ -312,6 +359,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too long": ({"lengths": torch.tensor([[3, 3], [2, 5]])}, r"\[2, 3\] .. \[3, 5\].* here \[4, 2\]"),
     "negative": ({"lengths": torch.tensor([[3, -1], [2, 1]])}, "lengths lie in"),
     "gates": ({"gates": torch.zeros(4, 2)}, r"gates has shape \(4, 2\)"),
+    "no rank": ({"qkv": torch.zeros(())}, r"qkv has shape \(\)"),
+    "no width": ({"qkv": torch.zeros(2, 6, 8, 0)}, r"qkv has strides"),
+    "no tensor": ({"qkv": None}, "qkv is a NoneType"),
+    "list of lengths": ({"lengths": [[4, 2], [0, 1]]}, "lengths is a list"),
+    "number as gates": ({"gates": 1.0}, "gates is a float"),
+    "no offsets": ({"offsets": None}, "offsets is None"),
+    "float offsets": ({"offsets": (0.0, 4.0)}, r"offsets is \(0.0, 4.0\)"),
+    "one bool": ({"causal": True}, "causal is True"),
+    "float heads": ({"num_heads": 4.0}, "num_heads is 4.0"),
+    "scale": ({"scale": torch.tensor(0.5)}, "scale is a tensor"),
     "backend": ({"backend": "fast"}, "backend is 'fast'"),
 }
 

@@ -43,6 +43,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         under_the_interpreter("slow")
 
 else:
+    import triton
+    import triton.language as tl
+    from mmscale_kernels.triton_attention import _where_we_are
+
     # A program of the streaming form has 16 queries and 16 keys here, one of the short form all keys.
     KEYS = {"short": 64, "streaming": 0}
 
@@ -351,6 +355,78 @@ else:
         monkeypatch.setattr(tiled_attention, "readable", lambda tensor: False)
         got = results(query, [wild], backend="triton", query_lengths=torch.tensor([7, -1]))
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+    def test_counts_beyond_32_bits_are_clamped(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Cast before they are clamped, they would wrap into the range."""
+        from mmscale_kernels import tiled_attention
+
+        torch.manual_seed(5)
+        query, one = leaf(2, 5, 1, 8), source(18, 1, 8, torch.float32)
+        wild = Source(
+            one.key, one.value, torch.tensor([2**32 + 3, 5 - 2**32]), starts=torch.tensor([4 - 2**32, 2**32])
+        )
+        tame = Source(one.key, one.value, torch.tensor([18, 0]))
+        wanted = results(query, [tame], backend="triton", query_lengths=torch.tensor([5, 0]))
+        monkeypatch.setattr(tiled_attention, "readable", lambda tensor: False)
+        got = results(query, [wild], backend="triton", query_lengths=torch.tensor([2**32 + 1, 2 - 2**32]))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+    @triton.jit
+    def _offset_of_head(ptr: Any, stride: Any, num_heads: Any) -> None:
+        _, head, _ = _where_we_are(1, num_heads)
+        tl.store(ptr + tl.program_id(0), head * stride)
+
+    def test_a_head_times_a_stride_leaves_32_bits() -> None:
+        """Heads may lie further apart than 2**31 / H elements: long keys laid out by head, or a large bias."""
+        got = torch.zeros(3, dtype=torch.int64)
+        _offset_of_head[(3,)](got, 2**30, 3)
+        assert got.tolist() == [0, 2**30, 2**31]
+
+    def test_large_logits_leave_small_gradients(form: str) -> None:
+        """One key has all the mass, and rounding the log-sum-exp of such logits moves it by more than the gradients."""
+        torch.manual_seed(3)
+        exact = [torch.randn(2, n, 2, 8, dtype=torch.float64) for n in (7, 9, 9)]
+        exact[0] *= 1000
+        weight = torch.randn(2, 7, 2, 8, dtype=torch.float64)
+
+        def gradients(dtype: torch.dtype, backend: str) -> list[Tensor]:
+            leaves = [x.to(dtype).requires_grad_() for x in exact]
+            out = cross_modal_attention(leaves[0], [Source(leaves[1], leaves[2])], backend=backend)
+            return [x.double() for x in torch.autograd.grad(out, leaves, weight.to(dtype))]
+
+        for got, wanted in zip(
+            gradients(torch.float32, "triton"), gradients(torch.float64, "reference"), strict=True
+        ):
+            # 2**-24 of logits of 3000, times gradients of 1: 2e-4; keys' gradients have queries of 1000 as a factor
+            torch.testing.assert_close(
+                got, wanted, rtol=1e-3, atol=1e-3 * max(1.0, float(wanted.abs().max()))
+            )
+
+    def test_seeds_of_any_stride() -> None:
+        query, sources, options = make("starts alone", 8, torch.float32)
+        table = torch.tensor([[5, 6], [7, 8]])
+        options |= {"dropout_p": 0.4, "backend": "triton"}
+        column, copy = (
+            results(query, sources, seed=seed, **options) for seed in (table[:, 0], table[:, 0].clone())
+        )
+        assert all(torch.equal(a, b) for a, b in zip(column, copy, strict=True))
+
+    def test_dropout_of_all_but_nothing() -> None:
+        """Its threshold rounds to 2**32, which no word holds."""
+        query, sources, options = make("two", 8, torch.float32)
+        options |= {"dropout_p": 1 - 1e-12, "seed": 1}
+        out = cross_modal_attention(query, sources, backend="triton", **options)
+        assert torch.equal(out, cross_modal_attention(query, sources, backend="torch", **options))
+        assert (out == 0).all()
+
+    def test_launches_happen_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+        real = torch.cuda.device_of
+        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: (asked.append(tensor), real(tensor))[1])
+        query, sources, options = make("one key", 8, torch.float32)
+        results(query, sources, backend="triton", **options)
+        assert len(asked) == 2
+        assert asked[0].data_ptr() == query.data_ptr()
 
     def test_every_run_gives_the_same_bits(form: str) -> None:
         query, sources, options = make("two kinds of heads", 8, torch.float16)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class Source:
     causal: bool = False
 
 
+@tiled.without_autocast
 def cross_modal_attention(
     query: Tensor,
     sources: Sequence[Source],
@@ -88,8 +90,8 @@ def cross_modal_attention(
     A query with no valid key: out 0, gradients 0, lse -inf. Deterministic, forward and backward.
     Raises ValueError on bad input; lengths on a device are clamped instead, unless MMSCALE_CHECK=1.
     """
-    sources = _sources(sources)
-    _check_options(softmax, dropout_p, seed, return_mass)
+    sources = _sources(query, sources, query_lengths)
+    _check_options(softmax, scale, dropout_p, seed, return_mass)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if softmax == "per_source" and len(sources) > 1:
         seeds = _seeds(query, seed) if dropout_p > 0 else None
@@ -136,8 +138,8 @@ def _decide(
     return_mass: bool = False,
     backend: str | None = None,
 ) -> Decision:
-    sources = _sources(sources)
-    _check_options(softmax, dropout_p, seed, return_mass)
+    sources = _sources(query, sources, query_lengths)
+    _check_options(softmax, scale, dropout_p, seed, return_mass)
     seeds = _seeds(query, seed) if dropout_p > 0 else None
     _check(query, sources, query_lengths, seeds)
     return _choose(query, len(sources) if softmax == "joint" else 1, backend)
@@ -219,9 +221,13 @@ def _attend(
     _check(query, sources, query_lengths, seeds)
     chosen = _choose(query, len(sources), backend or None).backend
     if chosen == "torch" and _use_flash(query, dropout_p):
-        return cpu.attend(
+        out, lse = cpu.attend(
             query, [_flash_source(source) for source in sources], query_lengths=query_lengths, scale=scale
         )
+        if len(sources) == 1 and sources[0].gate is not None:
+            # No share weighs a lone source, so a gate of -inf has to close it here.
+            out.masked_fill_(lse == -math.inf, 0.0)
+        return out, lse
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((*query.shape[:3], len(sources)), dtype=tiled.compute_dtype(query), device=query.device)
     if lse.numel() == 0:
@@ -445,6 +451,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(query, query_lengths, seeds, *output, *flat)
 
 
+@tiled.without_autocast
 def _backward(
     ctx: Any,
     grad_out: Tensor | None,
@@ -484,7 +491,7 @@ class _Direct(torch.autograd.Function):
         return out, source_lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @tiled.differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         grad_query, *by_list = _backward(ctx, grad_out, grad_lse, _attend_backward)[:7]
         return None, None, grad_query, *(grad for grads in by_list for grad in grads)
@@ -517,7 +524,8 @@ class _Joined(torch.autograd.Function):
         return out, joined.lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @tiled.differentiable_once
+    @tiled.without_autocast
     def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
         if grad_out is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -662,7 +670,9 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 
 def _dropout(probability: float, seeds: Tensor | None, place: int) -> tiled.Dropout | None:
-    return None if seeds is None or probability == 0 else tiled.Dropout(probability, seeds, place)
+    return (
+        None if seeds is None or probability == 0 else tiled.Dropout(probability, seeds.contiguous(), place)
+    )
 
 
 def _seeds(query: Tensor, seed: int | Tensor | None) -> Tensor:
@@ -730,15 +740,30 @@ def _reference(
     return out, torch.stack(lse, -1).transpose(1, 2)
 
 
-def _sources(sources: Sequence[Source]) -> list[Source]:
-    if isinstance(sources, Source) or not all(isinstance(source, Source) for source in sources):
+def _sources(query: Tensor, sources: Sequence[Source], query_lengths: Tensor | None) -> list[Source]:
+    """Check what has to hold before shapes can be looked at; return the sources as a list."""
+    if not isinstance(sources, list | tuple) or not all(isinstance(source, Source) for source in sources):
         raise ValueError(f"sources is {type(sources).__name__}; it needs to be a list of Source")
     if len(sources) == 0:
         raise ValueError("sources is empty; it needs at least one Source")
+    tiled.check_tensor("query", query)
+    if query.dim() != 4 or query.shape[3] == 0:
+        _check_query(query)
+    if query_lengths is not None:
+        tiled.check_tensor("query_lengths", query_lengths)
+    for number, source in enumerate(sources):
+        for name in ("key", "value", "lengths", "starts", "gate", "bias"):
+            given = getattr(source, name)
+            if given is not None or name in ("key", "value"):
+                tiled.check_tensor(name, given, number)
     return list(sources)
 
 
-def _check_options(softmax: str, dropout_p: float, seed: int | Tensor | None, return_mass: bool) -> None:
+def _check_options(
+    softmax: str, scale: float | None, dropout_p: float, seed: int | Tensor | None, return_mass: bool
+) -> None:
+    if isinstance(scale, Tensor):
+        raise ValueError("scale is a tensor, which would get no gradient; it needs to be a number, or None")
     if softmax not in ("joint", "per_source"):
         raise ValueError(f'softmax is {softmax!r}; it needs to be "joint" or "per_source"')
     if return_mass and softmax != "joint":
@@ -749,20 +774,16 @@ def _check_options(softmax: str, dropout_p: float, seed: int | Tensor | None, re
         raise ValueError(
             f"seed is None and dropout_p is {dropout_p}; dropout needs an int or a (B,) int64 tensor"
         )
+    if seed is not None and not isinstance(seed, int | numbers.Integral | Tensor):
+        raise ValueError(f"seed is {seed!r}; it needs to be an int or a (B,) int64 tensor")
 
 
 def _check(
     query: Tensor, sources: Sequence[Source], query_lengths: Tensor | None, seeds: Tensor | None
 ) -> None:
     """Raise ValueError naming the first argument that can't be used."""
-    if query.dim() != 4:
-        raise ValueError(f"query has shape {tuple(query.shape)}; it needs to be (B, Lq, H, D)")
-    if query.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"query has dtype {query.dtype}; it needs float64, float32, bfloat16 or float16")
+    _check_query(query)
     batch, num_queries, num_heads, width = query.shape
-    if num_heads == 0 or width == 0:
-        raise ValueError(f"query has shape {tuple(query.shape)}; it needs H >= 1 and D >= 1")
-    _check_stride("query", query)
     _check_counts("query_lengths", query_lengths, query, num_queries)
     if seeds is not None and (seeds.shape != (batch,) or seeds.dtype != torch.int64):
         raise ValueError(
@@ -822,6 +843,16 @@ def _check(
                     f"{name}.{label} is {term.dtype} on {term.device}; "
                     f"it needs a floating dtype on {query.device}"
                 )
+
+
+def _check_query(query: Tensor) -> None:
+    if query.dim() != 4:
+        raise ValueError(f"query has shape {tuple(query.shape)}; it needs to be (B, Lq, H, D)")
+    if query.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"query has dtype {query.dtype}; it needs float64, float32, bfloat16 or float16")
+    if query.shape[2] == 0 or query.shape[3] == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}; it needs H >= 1 and D >= 1")
+    _check_stride("query", query)
 
 
 def _check_stride(name: str, tensor: Tensor) -> None:

@@ -38,6 +38,7 @@ _FEW_COLUMNS = 128
 _MASK_BUDGET = 1 << 19
 
 
+@tiled.without_autocast
 def packed_attention(
     qkv: Tensor,
     *,
@@ -70,8 +71,8 @@ def packed_attention(
     valid key, are 0 and get gradient 0. Softmax and sums
     are fp32 (fp64 for fp64). Deterministic, forward and backward. Raises ValueError on bad input.
     """
+    offsets, causal = _check_types(qkv, offsets, lengths, causal, gates, scale)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    offsets, causal = tuple(offsets), tuple(causal)
     if backend == "reference":
         _check(qkv, num_heads, offsets, lengths, causal, gates)
         return _reference(qkv, num_heads, offsets, lengths, causal, gates, scale)
@@ -94,7 +95,8 @@ def _decide(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Decision:
-    _check(qkv, num_heads, tuple(offsets), lengths, tuple(causal), gates)
+    offsets, causal = _check_types(qkv, offsets, lengths, causal, gates, scale)
+    _check(qkv, num_heads, offsets, lengths, causal, gates)
     return _choose(qkv, len(offsets), backend)
 
 
@@ -139,7 +141,10 @@ def _attend(
             logs = lse.new_empty(*query.shape[:3], len(sources))
             tiled.attend(query, sources, scale=scale, out=out[:, rows], lse=logs)
             lse[:, rows] = logs.logsumexp(-1)
-    if valid is not None:
+    if valid is not None and qkv.device.type != "cpu":  # counting what is valid would wait for the device
+        out.masked_fill_(~valid[:, :, None, None], 0.0)
+        lse.masked_fill_(~valid[:, :, None], math.inf)
+    elif valid is not None:
         padding = (~valid).flatten().nonzero().squeeze(1)
         out.view(batch * columns, -1).index_fill_(0, padding, 0.0)
         # exp(logit - inf) is 0: whatever gradient arrives at padding goes no further
@@ -261,6 +266,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
+@tiled.without_autocast
 def _backward(ctx, grad_out, grad_lse, form=_packed_backward):  # type: ignore[no-untyped-def]
     qkv, lengths, gates, out, lse = ctx.saved_tensors
     num_heads, offsets, causal, scale, backend = ctx.table
@@ -285,7 +291,7 @@ class _Direct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @tiled.differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         return _backward(ctx, grad_out, grad_lse, _attend_backward)
 
@@ -634,12 +640,49 @@ def _reference(
     sees = (sees & valid[:, None, :] & valid[:, :, None])[:, None]
     logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
     if gates is not None:
-        logits = logits + gates[..., segment, :].transpose(-1, -2).unsqueeze(-2)
+        logits = logits + gates[..., segment, :].transpose(-1, -2).unsqueeze(-2).to(logits.dtype)
     sees = sees & (logits > -math.inf)
     # A finite fill keeps the gradient of a row that sees nothing 0 instead of NaN.
     logits = logits.masked_fill(~sees, torch.finfo(logits.dtype).min)
     probability = logits.softmax(-1).masked_fill(~sees, 0.0)
     return torch.einsum("bhqk,bkhd->bqhd", probability, value).to(qkv.dtype)
+
+
+def _check_types(
+    qkv: Tensor,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None,
+    scale: float | None,
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Check what has to hold before shapes can be looked at; return offsets and causal as tuples."""
+    for name, given in (("qkv", qkv), ("lengths", lengths), ("gates", gates)):
+        if given is not None or name != "gates":
+            tiled.check_tensor(name, given)
+    for name, row in (("offsets", offsets), ("causal", causal)):
+        if not isinstance(row, Sequence) or any(isinstance(x, float) for x in row):
+            raise ValueError(
+                f"{name} is {row!r}; it needs one {'int' if row is offsets else 'bool'} a segment"
+            )
+    if isinstance(scale, Tensor):
+        raise ValueError("scale is a tensor, which would get no gradient; it needs to be a number, or None")
+    if qkv.dim() != 4 or qkv.shape[3] == 0:
+        _check_qkv(qkv)
+    return tuple(offsets), tuple(bool(x) for x in causal)
+
+
+def _check_qkv(qkv: Tensor) -> None:
+    if qkv.dim() != 4:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}; it needs to be (B, T, num_heads + 2 * num_kv_heads, D)"
+        )
+    if qkv.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"qkv has dtype {qkv.dtype}; it needs float64, float32, bfloat16 or float16")
+    if qkv.shape[3] == 0 or (qkv.stride(-1) != 1 and qkv.shape[3] > 1):
+        raise ValueError(
+            f"qkv has strides {qkv.stride()} for shape {tuple(qkv.shape)}; it needs D >= 1 with stride 1"
+        )
 
 
 def _check(
@@ -651,17 +694,10 @@ def _check(
     gates: Tensor | None,
 ) -> None:
     """Raise ValueError naming the first argument that can't be used."""
-    if qkv.dim() != 4:
-        raise ValueError(
-            f"qkv has shape {tuple(qkv.shape)}; it needs to be (B, T, num_heads + 2 * num_kv_heads, D)"
-        )
-    if qkv.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"qkv has dtype {qkv.dtype}; it needs float64, float32, bfloat16 or float16")
-    batch, columns, heads, width = qkv.shape
-    if width == 0 or (qkv.stride(-1) != 1 and width > 1):
-        raise ValueError(
-            f"qkv has strides {qkv.stride()} for shape {tuple(qkv.shape)}; it needs D >= 1 with stride 1"
-        )
+    _check_qkv(qkv)
+    batch, columns, heads, _ = qkv.shape
+    if not isinstance(num_heads, int):
+        raise ValueError(f"num_heads is {num_heads!r}; it needs to be an int")
     num_kv_heads, odd = divmod(heads - num_heads, 2)
     if num_heads < 1 or odd or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(

@@ -16,13 +16,18 @@ The functions here trust their arguments; the operators check them.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # The Triton kernels are unrolled over the sources of a softmax.
 MAX_TRITON_SOURCES = 8
@@ -71,6 +76,11 @@ class Dropout:
     seeds: Tensor
     place: int = 0
 
+    @property
+    def threshold(self) -> int:
+        """A weight is kept where its 32 random bits are at least this; the largest word at most."""
+        return min(round(self.probability * 2**32), 2**32 - 1)
+
     def keep(self, rows: slice, source: int, queries: range, keys: range, num_heads: int) -> Tensor:
         """Return the factors 0 or 1 / (1 - p), fp32, of shape (samples, H, queries, keys)."""
         device = self.seeds.device
@@ -84,7 +94,7 @@ class Dropout:
         state = _mix(state[:, :, None] + steps * 0xC2B2AE35)
         steps = torch.arange(keys.start, keys.stop, device=device)
         bits = _mix(state[..., None] + steps * 0x9E3779B9)
-        kept = bits >= round(self.probability * 2**32)
+        kept = bits >= self.threshold
         return kept.to(torch.float32).div_(1 - self.probability)
 
 
@@ -99,6 +109,42 @@ def _mix(x: Tensor) -> Tensor:
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype that softmax and sums use: fp64 for fp64, else fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(form: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let an operator compute in the dtypes that it is given.
+
+    Autocast would round the products inside, change the dtype of results, and mix dtypes that in-place sums refuse.
+    """
+
+    @functools.wraps(form)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return run(*args, **kwargs)
+        return form(*args, **kwargs)
+
+    return run
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the backward pass of an autograd function refuse to be differentiated.
+
+    torch's `once_differentiable` does so only where the second derivative is asked of what it returned and of nothing
+    else: in a sum with other terms, a gradient penalty would silently lose its gradient.
+    """
+
+    @functools.wraps(backward)
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled():  # that is create_graph=True, here
+            raise RuntimeError(
+                "attention has no second derivative, which create_graph=True asks for; "
+                'backend="reference" has one'
+            )
+        return backward(*args)
+
+    return run
 
 
 def attend(
@@ -211,6 +257,13 @@ def attend_backward(
             shape = (rows.stop - rows.start, into.key.shape[2], *grad_keys[index].shape[1:])
             into.key[rows] += grad_keys[index].view(shape).transpose(1, 2)
             into.value[rows] += grad_values[index].view(shape).transpose(1, 2)
+
+
+def check_tensor(name: str, given: Any, source: int | None = None) -> None:
+    """Raise ValueError if an argument, or this field of a source, isn't a tensor."""
+    if not isinstance(given, Tensor):
+        name = name if source is None else f"sources[{source}].{name}"
+        raise ValueError(f"{name} is a {type(given).__name__}; it needs to be a tensor")
 
 
 def readable(tensor: Tensor) -> bool:

@@ -27,7 +27,8 @@ Sources: Dao 2023 (FlashAttention-2, arXiv 2307.08691) for the streaming form; M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,13 +74,19 @@ class QueryRange:
 
 
 @triton.jit
+def _clamped(count, most):
+    """A count of any integer type as int32 in 0 .. most: clamped first, for the cast would wrap."""
+    return tl.minimum(tl.maximum(count, 0), most).to(tl.int32)
+
+
+@triton.jit
 def _valid_rows(rows, sample, q_lengths, q_strides, q_firsts, q_sizes, HAS: tl.constexpr, QS: tl.constexpr):
     """Which rows hold a query."""
     valid = rows < 0
     for s in tl.static_range(QS):
         size = q_sizes[s]
         if HAS[s]:
-            size = tl.minimum(tl.load(q_lengths[s] + sample * q_strides[s]).to(tl.int32), size)
+            size = _clamped(tl.load(q_lengths[s] + sample * q_strides[s]), size)
         valid |= (rows >= q_firsts[s]) & (rows < q_firsts[s] + size)
     return valid
 
@@ -98,12 +105,10 @@ def _key_range(
     """First valid key of a source and the one past the last, clamped to its size."""
     start = sample.to(tl.int32) * 0
     if HAS_STARTS:
-        start = tl.load(starts + sample * start_stride).to(tl.int32)
-        start = tl.minimum(tl.maximum(start, 0), size)
+        start = _clamped(tl.load(starts + sample * start_stride), size)
     end = start * 0 + size
     if HAS_LENGTHS:
-        length = tl.maximum(tl.load(lengths + sample * length_stride).to(tl.int32), 0)
-        end = start + tl.minimum(length, size - start)
+        end = start + _clamped(tl.load(lengths + sample * length_stride), size - start)
     return start, end
 
 
@@ -156,16 +161,21 @@ def _kept(state, columns, threshold):
 @triton.jit
 def _bias_tile(bias, rows, columns, q_stride, k_stride, mask):
     """Bias in units of log2; rows, columns and mask broadcast to a tile."""
-    tile = tl.load(bias + rows.to(tl.int64) * q_stride + columns.to(tl.int64) * k_stride, mask=mask, other=0.0)
+    tile = tl.load(
+        bias + rows.to(tl.int64) * q_stride + columns.to(tl.int64) * k_stride, mask=mask, other=0.0
+    )
     return tile.to(tl.float32) * _LOG2E
 
 
 @triton.jit
 def _where_we_are(num_blocks, num_heads):
-    """(block, head, sample) of this program. The last blocks come first: under causality they are the longest."""
+    """(block, head, sample) of this program. The last blocks come first: under causality they are the longest.
+
+    Head and sample are int64: times a stride, they leave 32 bits.
+    """
     program = tl.program_id(0)
     block = num_blocks - 1 - program % num_blocks
-    head = program // num_blocks % num_heads
+    head = (program // num_blocks % num_heads).to(tl.int64)
     sample = (program // num_blocks // num_heads).to(tl.int64)
     return block, head, sample
 
@@ -181,7 +191,9 @@ def _joint_lse(lse_ptr, place, mask, NL: tl.constexpr):
         base = tl.where(high == -float("inf"), 0.0, high)
         total = tl.exp2((joint - base) * _LOG2E)
         for s in tl.static_range(1, NL):
-            total += tl.exp2((tl.load(lse_ptr + place * NL + s, mask=mask, other=-float("inf")) - base) * _LOG2E)
+            total += tl.exp2(
+                (tl.load(lse_ptr + place * NL + s, mask=mask, other=-float("inf")) - base) * _LOG2E
+            )
         joint = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)) / _LOG2E, -float("inf"))
     # exp2(logit - inf) is 0, where exp2(-inf - -inf) would be NaN
     return tl.where(joint == -float("inf"), float("inf"), joint * _LOG2E)
@@ -309,7 +321,16 @@ def _forward(
         log = tl.where(seen, (high + tl.log2(weight)) / _LOG2E, -float("inf"))
         tl.store(lse_ptr + place, log, mask=present)
     total = tl.where(seen[:, None], total / weight[:, None], 0.0)
-    _store(out_ptr + (sample * num_queries * num_heads + head) * D, rows, num_heads * D, dims, total, present, D, BD)
+    _store(
+        out_ptr + (sample * num_queries * num_heads + head) * D,
+        rows,
+        num_heads * D,
+        dims,
+        total,
+        present,
+        D,
+        BD,
+    )
 
 
 @triton.jit
@@ -505,7 +526,18 @@ def _merged_gate(gates, gate_strides, n, sample, head, sizes, NS: tl.constexpr, 
 
 @triton.jit
 def _merged_store(
-    ptrs, strides, n, dims, tile, sample, head, groups, sizes, NS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+    ptrs,
+    strides,
+    n,
+    dims,
+    tile,
+    sample,
+    head,
+    groups,
+    sizes,
+    NS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
 ):
     first = 0
     for s in tl.static_range(NS):
@@ -536,7 +568,18 @@ def _backward_key(
     n = block_of_columns * BN + tl.arange(0, BN)
     dims = tl.arange(0, BD)
     inside, limit = _merged_columns(
-        n, sample, lengths, starts, length_strides, start_strides, sizes, shifts, NS, HAS_LENGTHS, HAS_STARTS, CAUSAL
+        n,
+        sample,
+        lengths,
+        starts,
+        length_strides,
+        start_strides,
+        sizes,
+        shifts,
+        NS,
+        HAS_LENGTHS,
+        HAS_STARTS,
+        CAUSAL,
     )
     some = tl.max(inside.to(tl.int32), 0) > 0
     first_row = 0
@@ -557,7 +600,7 @@ def _backward_key(
         for r in tl.static_range(QS):
             size = q_sizes[r]
             if HAS_Q[r]:
-                size = tl.minimum(tl.load(q_lengths[r] + sample * q_length_strides[r]).to(tl.int32), size)
+                size = _clamped(tl.load(q_lengths[r] + sample * q_length_strides[r]), size)
             start = sample.to(tl.int32) * 0 + q_firsts[r]
             stop = start + size
             if ANY_CAUSAL:
@@ -657,7 +700,7 @@ def _backward_bias(
     if not ALL_HEADS:
         first_head = other % num_heads
         last_head = first_head + 1
-        head_place = first_head
+        head_place = first_head.to(tl.int64)
         other = other // num_heads
     first_sample, last_sample = 0, batch
     sample_place = 0
@@ -673,7 +716,7 @@ def _backward_bias(
             sample, lengths, starts, length_stride, start_stride, size, HAS_LENGTHS, HAS_STARTS
         )
         for head_number in range(first_head, last_head):
-            head = head_number + tl.program_id(1)
+            head = (head_number + tl.program_id(1)).to(tl.int64)
             gate = 0.0
             if GATED:
                 gate = tl.load(gate_ptr + sample * gate_stride + head).to(tl.float32) * _LOG2E
@@ -690,10 +733,24 @@ def _backward_bias(
                         columns = key_tile * BN + tl.arange(0, BN)
                         inside = (columns >= start) & (columns < end)
                         k = _load(
-                            key + sample * k_b + head // group * k_h, columns, k_t, dims, inside, D, BD, UPCAST
+                            key + sample * k_b + head // group * k_h,
+                            columns,
+                            k_t,
+                            dims,
+                            inside,
+                            D,
+                            BD,
+                            UPCAST,
                         )
                         v = _load(
-                            value + sample * v_b + head // group * v_h, columns, v_t, dims, inside, D, BD, UPCAST
+                            value + sample * v_b + head // group * v_h,
+                            columns,
+                            v_t,
+                            dims,
+                            inside,
+                            D,
+                            BD,
+                            UPCAST,
                         )
                         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E) + gate
                         logits += _bias_tile(
@@ -753,7 +810,18 @@ def _short_forward(
     n = tl.arange(0, BN)
     dims = tl.arange(0, BD)
     inside, limit = _merged_columns(
-        n, sample, lengths, starts, length_strides, start_strides, sizes, shifts, NS, HAS_LENGTHS, HAS_STARTS, CAUSAL
+        n,
+        sample,
+        lengths,
+        starts,
+        length_strides,
+        start_strides,
+        sizes,
+        shifts,
+        NS,
+        HAS_LENGTHS,
+        HAS_STARTS,
+        CAUSAL,
     )
     k = _merged_load(keys, k_strides, n, dims, inside, sample, head, groups, sizes, NS, D, BD, UPCAST)
     v = _merged_load(values, v_strides, n, dims, inside, sample, head, groups, sizes, NS, D, BD, UPCAST)
@@ -788,7 +856,9 @@ def _short_forward(
                 mine = (n >= first) & (n < first + sizes[s])
                 own = tl.sum(tl.where(mine[None, :], p, 0.0), 1)
                 log = (high + tl.log2(tl.where(own > 0, own, 1.0))) / _LOG2E
-                tl.store(lse_ptr + place * NL + s, tl.where(valid & (own > 0), log, -float("inf")), mask=present)
+                tl.store(
+                    lse_ptr + place * NL + s, tl.where(valid & (own > 0), log, -float("inf")), mask=present
+                )
                 first += sizes[s]
         total = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         total = tl.where(some[:, None], total / tl.where(some, weight, 1.0)[:, None], 0.0)
@@ -816,7 +886,18 @@ def _short_backward(
     n = tl.arange(0, BN)
     dims = tl.arange(0, BD)
     inside, limit = _merged_columns(
-        n, sample, lengths, starts, length_strides, start_strides, sizes, shifts, NS, HAS_LENGTHS, HAS_STARTS, CAUSAL
+        n,
+        sample,
+        lengths,
+        starts,
+        length_strides,
+        start_strides,
+        sizes,
+        shifts,
+        NS,
+        HAS_LENGTHS,
+        HAS_STARTS,
+        CAUSAL,
     )
     k = _merged_load(keys, k_strides, n, dims, inside, sample, head, groups, sizes, NS, D, BD, UPCAST)
     v = _merged_load(values, v_strides, n, dims, inside, sample, head, groups, sizes, NS, D, BD, UPCAST)
@@ -845,8 +926,10 @@ def _short_backward(
         p = tl.exp2(logits - lse[None, :])
         dv += tl.dot(p.to(grad.dtype), grad, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        # all keys are here, so delta needs no output: sum of p * dp
-        delta = tl.sum(p * dp, 0)
+        # All keys are here, so delta needs no output: the mean of dp under p. Where logits are thousands, their rounded
+        # log-sum-exp leaves p a common factor, which a plain sum would turn into gradients where next to none are.
+        weight = tl.sum(p, 0)
+        delta = tl.sum(p * dp, 0) / tl.where(weight > 0, weight, 1.0)
         if PULLED and NL == 1:
             delta -= tl.load(grad_lse_ptr + place, mask=valid, other=0.0)
         ds = p * (dp - delta[None, :])
@@ -951,7 +1034,7 @@ class Call:
         """threshold, keep_scale."""
         if self.dropout is None:
             return 0, 1.0
-        return round(self.dropout.probability * 2**32), 1 / (1 - self.dropout.probability)
+        return self.dropout.threshold, 1 / (1 - self.dropout.probability)
 
 
 class _Sources:
@@ -969,7 +1052,10 @@ class _Sources:
             return 0 if tensor is None or tensor.shape[dim] == 1 else tensor.stride(dim)
 
         self.keys, self.values = pointers([s.key for s in chosen]), pointers([s.value for s in chosen])
-        self.lengths, self.starts = pointers([s.lengths for s in chosen]), pointers([s.starts for s in chosen])
+        self.lengths, self.starts = (
+            pointers([s.lengths for s in chosen]),
+            pointers([s.starts for s in chosen]),
+        )
         self.gates, self.biases = pointers([s.gate for s in chosen]), pointers([s.bias for s in chosen])
         self.sizes = tuple(s.key.shape[1] for s in chosen)
         self.key_strides, self.value_strides = strides_of(self.keys), strides_of(self.values)
@@ -988,7 +1074,10 @@ class _Sources:
             "GATED": tuple(s.gate is not None for s in chosen),
             "CAUSAL": tuple(s.shift is not None for s in chosen),
         }
-        self.biased = {"BIASED": tuple(s.bias is not None for s in chosen), "DROPOUT": call.dropout is not None}
+        self.biased = {
+            "BIASED": tuple(s.bias is not None for s in chosen),
+            "DROPOUT": call.dropout is not None,
+        }
         self.any = {"ANY_GATED": any(self.flags["GATED"]), "ANY_CAUSAL": any(self.flags["CAUSAL"])}  # type: ignore[arg-type]
 
     @property
@@ -1010,6 +1099,18 @@ def _splits(call: Call, block: int) -> tuple[int, int]:
     return triton.cdiv(num_queries, rows), rows
 
 
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device; make that the one where the tensors lie."""
+
+    @functools.wraps(launch)
+    def run(call: Call, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(call.query):
+            return launch(call, *args, **kwargs)
+
+    return run
+
+
+@_on_its_device
 def attend(call: Call, *, out: Tensor, lse: Tensor) -> None:
     """Fill out (B, Lq, H, D) and lse fp32, both contiguous, under one softmax over the sources.
 
@@ -1058,6 +1159,7 @@ class Gradients:
     biases: list[Tensor | None]
 
 
+@_on_its_device
 def attend_backward(
     call: Call,
     grad_out: Tensor,
@@ -1177,7 +1279,14 @@ def _sum_parts(call: Call, parts: Tensor, grads: Sequence[Tensor]) -> None:
 
 
 def _launch_bias(
-    call: Call, place: int, grad: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, pull: Tensor, pulled: Any
+    call: Call,
+    place: int,
+    grad: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    pull: Tensor,
+    pulled: Any,
 ) -> None:
     query, source = call.query, call.sources[place]
     assert source.bias is not None
