@@ -188,6 +188,10 @@ def _run(
         known_sources = [_flash_source(source) for source in sources]
         is_torch = _choose(query, len(sources), backend).backend == "torch"
         if is_torch and cpu.shares_a_call(query, known_sources):
+            num_keys = sum(source.key.shape[1] for source in sources)
+            if cpu.has_few(query, num_keys, (one.gate for one in known_sources if one.gate is not None)):
+                out = cpu.attend_few_sources(query, known_sources, query_lengths=query_lengths, scale=scale)
+                return out, out
             return _Joined.apply(known_sources, query_lengths, scale, *together)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in together):
         return _Direct.apply([len(tensors) for tensors in lists], (*table, backend or ""), *together)

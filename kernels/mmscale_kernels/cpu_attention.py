@@ -20,7 +20,9 @@ A gradient of the log-sum-exps themselves shifts delta (the row sum of dO * out)
 more column of the heads, 1 in dO and -c in out.
 
 Where nobody asks for the log-sum-exps of the sources and there is little to do, or no padding to skip, one call on
-concatenated keys is faster than a call each (`attend_joined`); it holds a copy of the keys of several sources.
+concatenated keys is faster than a call each (`attend_joined`); it holds a copy of the keys of several sources. And
+where a sample and head have few logits, the kernel itself loses to two batched products with a softmax between them
+(`attend_few`), which keep the probabilities for the backward pass, 16 KiB of fp32 a sample and head at most.
 
 The trade-off: the kernel has no dropout and no gradient of a bias; `tiled_attention` has both. The functions here trust
 their arguments; the operators check them.
@@ -30,9 +32,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +42,7 @@ from torch import Tensor
 from .tiled_attention import compute_dtype
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+softmax_backward = torch.ops.aten._softmax_backward_data.default
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # Products (logits times width) that are worth a call of their own: about 30 us of work.
@@ -48,8 +51,13 @@ _WORTH_A_CALL = 1 << 20
 _HIDDEN = -1e30
 # Logits of a sample and head up to which sources with padding share a call.
 _FEW_LOGITS = 1 << 14
+# Logits of a sample and head up to which the dense form wins; also what bounds the memory of its probabilities.
+_DENSE_LOGITS = 1 << 12
 # exp(x - x_s) * dx_s beyond this no longer shares a call with the joint gradients: fp32 ends at 3e38, and sums follow.
 _MOST_SHIFT = 1e25
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class FlashSource(NamedTuple):
@@ -93,12 +101,14 @@ def is_direct(tensors: Sequence[Tensor]) -> bool:
     Custom operators cost some 300 us a call in PyTorch's Python, more than attention over some dozen tokens. Whatever
     looks at operators (compilers, fake tensors, dispatch modes, function transforms, subclasses) still sees them.
     """
-    return (
-        all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    count_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    innermost_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    if count_modes is None or innermost_transform is None:
+        return False  # a PyTorch that has no such names can't be asked who is looking
+    for x in tensors:
+        if type(x) not in _PLAIN or x.device.type != "cpu":
+            return False
+    return not torch.compiler.is_compiling() and count_modes() == 0 and innermost_transform() is None
 
 
 def attend(
@@ -194,6 +204,147 @@ def attend_backward(
             gate += (terms if pull is None else terms.add_(pull)).sum(1)
         gradients.append(FlashGradients(key_sum.result(), value_sum.result(), gate))
     return query_sum.result(), gradients
+
+
+def has_few(query: Tensor, num_keys: int, gates: Iterable[Tensor]) -> bool:
+    """Say whether `attend_few` takes a call with so many keys and these gates, and is the faster form."""
+    return 0 < query.shape[1] * num_keys <= _DENSE_LOGITS and not any(closes(gate) for gate in gates)
+
+
+def closes(gate: Tensor) -> bool:
+    """Say whether a gate hides all keys of a source from a head (-inf, or next to it), or is NaN."""
+    return not gate.min().item() > _HIDDEN
+
+
+def hidden(dtype: torch.dtype) -> float:
+    """Return what a mask of `attend_few` adds to hide a key: finite, so that a row of nothing else isn't NaN."""
+    return torch.finfo(dtype).min / 4
+
+
+def attend_few(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    gate: Tensor | None = None,
+    dead: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Return out (B, Lq, H, D), contiguous, of dense attention over few keys, under autograd.
+
+    key, value: (B, Hkv, Lk, D). mask: added to the logits, 4 sizes, each 1 or that of (B, H, Lq, Lk), without a
+    gradient. gate: the same with one, (1 or B, H, 1, Lk). dead: rows that are 0, bool, sizes as those of mask.
+    rows: (B, Lq) bool, the rows whose gradients count, whatever the others' hold.
+    """
+    out: Tensor = _Few.apply(query, key, value, gate, mask, dead, rows, scale)
+    return out
+
+
+class _Few(torch.autograd.Function):
+    """`attend_few`. A row whose probabilities are 0 has no gradient, so the backward pass asks for no mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        mask: Tensor | None,
+        dead: Tensor | None,
+        rows: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        batch, num_queries, heads, width = query.shape
+        kv_heads, num_keys = key.shape[1:3]
+        given, dtype = query.dtype, compute_dtype(query)
+        if given != dtype:
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        # Heads of a group lie side by side: one product serves them all.
+        q = query.transpose(1, 2).reshape(batch * kv_heads, heads // kv_heads * num_queries, width)
+        k, v = key.reshape(-1, num_keys, width), value.reshape(-1, num_keys, width)
+        logits = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale)
+        shape = (batch, heads, num_queries, num_keys)
+        if mask is not None or gate is not None:
+            wide = logits.view(shape)
+            for term in (mask, gate):
+                if term is not None:
+                    wide.add_(term)
+        share = logits.softmax(-1)
+        if dead is not None:
+            share.view(shape).masked_fill_(dead, 0.0)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, share, rows)
+        ctx.known = (shape, width, given, scale, None if gate is None else gate.shape)
+        out = torch.bmm(share, v).view(batch, heads, num_queries, width).transpose(1, 2)
+        return out.contiguous() if given == dtype else torch.empty(out.shape, dtype=given).copy_(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None) -> Any:
+        if grad_out is None:
+            return (None,) * 8
+        q, k, v, share, rows = ctx.saved_tensors
+        shape, width, given, scale, of_gate = ctx.known
+        batch, heads, num_queries, num_keys = shape
+        if rows is not None:
+            grad_out = _cleaned(grad_out, rows)
+        arrived = grad_out.transpose(1, 2).to(q.dtype).reshape(q.shape)
+        grad_value = torch.bmm(share.transpose(1, 2), arrived)
+        by_share = torch.bmm(arrived, v.transpose(1, 2))
+        by_logit = softmax_backward(by_share, share, -1, q.dtype)
+        grad_gate = None
+        if of_gate is not None and ctx.needs_input_grad[3]:
+            grad_gate = by_logit.view(shape).sum(2, keepdim=True)
+            grad_gate = grad_gate if of_gate[0] == batch else grad_gate.sum(0, keepdim=True)
+        by_logit.mul_(scale)
+        grad_query, grad_key = torch.bmm(by_logit, k), torch.bmm(by_logit.transpose(1, 2), q)
+        by_query = grad_query.view(batch, heads, num_queries, width).transpose(1, 2)
+        by_key, by_value = (x.view(batch, -1, num_keys, width) for x in (grad_key, grad_value))
+        if given != q.dtype:
+            by_query, by_key, by_value = by_query.to(given), by_key.to(given), by_value.to(given)
+        return by_query, by_key, by_value, grad_gate, None, None, None, None
+
+
+def attend_few_sources(
+    query: Tensor, sources: Sequence[FlashSource], *, query_lengths: Tensor | None, scale: float
+) -> Tensor:
+    """Return out (B, Lq, H, D) by `attend_few`, of sources that `shares_a_call` and `has_few` take."""
+    batch, num_queries, heads, _ = query.shape
+    dtype = compute_dtype(query)
+    sizes = [source.key.shape[1] for source in sources]
+    masks = [
+        None if source.lengths is None and source.starts is None else _in_range(source) for source in sources
+    ]
+    mask = gate = dead = rows = None
+    if query_lengths is not None:
+        rows = torch.arange(num_queries) < query_lengths[:, None]
+        query, dead = _cleaned(query, rows), ~rows[:, None, :, None]
+    if any(valid is not None for valid in masks):
+        parts = [
+            torch.ones(1, dtype=torch.bool).expand(batch, size) if valid is None else valid
+            for size, valid in zip(sizes, masks, strict=True)
+        ]
+        unseen = ~(parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None, None]
+        mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, hidden(dtype))
+        if all(valid is not None for valid in masks):
+            blind = unseen.all(-1, keepdim=True)
+            if bool(blind.any()):
+                dead = blind if dead is None else dead | blind
+    if sources[0].causal:
+        mask = torch.full((num_queries, num_queries), hidden(dtype), dtype=dtype).triu_(1)[None, None]
+    if any(source.gate is not None for source in sources):
+        gates = [query.new_zeros(1, heads, dtype=dtype) if x.gate is None else x.gate for x in sources]
+        samples = max(x.shape[0] for x in gates)
+        spread = [x[:, :, None].expand(samples, heads, size) for x, size in zip(gates, sizes, strict=True)]
+        gate = torch.cat(spread, -1).unsqueeze(2)
+    key, value = (
+        _side_by_side(given, masks).transpose(1, 2)
+        for given in ([source.key for source in sources], [source.value for source in sources])
+    )
+    return attend_few(query, key, value, scale=scale, mask=mask, gate=gate, dead=dead, rows=rows)
 
 
 def shares_a_call(query: Tensor, sources: Sequence[FlashSource]) -> bool:
@@ -654,7 +805,7 @@ def _may_see_nothing(query: Tensor, source: FlashSource) -> bool:
 def _cleaned(tensor: Tensor, valid: Tensor) -> Tensor:
     """Return a tensor (samples, places, H, D) that is finite where it isn't valid: 0 * NaN must not reach a sum."""
     # A sum is finite only if its terms are, and reads where a copy reads and writes.
-    if bool(tensor.sum(dtype=compute_dtype(tensor)).isfinite()):
+    if math.isfinite(tensor.detach().sum(dtype=compute_dtype(tensor)).item()):
         return tensor
     return tensor.masked_fill(~valid[:, :, None, None], 0.0)
 

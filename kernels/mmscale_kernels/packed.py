@@ -79,6 +79,10 @@ def packed_attention(
     arguments = (qkv, num_heads, offsets, lengths, causal, gates, scale, backend or "")
     if not cpu.is_direct([qkv, lengths] if gates is None else [qkv, lengths, gates]):
         return _packed(*arguments)[0]
+    if _use_flash(qkv) and qkv.numel() and cpu.has_few(qkv, qkv.shape[1], () if gates is None else (gates,)):
+        _check(qkv, num_heads, offsets, lengths, causal, gates)
+        if _choose(qkv, len(offsets), backend).backend == "torch":
+            return _attend_few(qkv, num_heads, offsets, lengths, causal, gates, scale)
     if torch.is_grad_enabled() and (qkv.requires_grad or (gates is not None and gates.requires_grad)):
         return _Direct.apply(*arguments)[0]
     return _attend(*arguments)[0]
@@ -341,7 +345,7 @@ def _cached_table(offsets: tuple[int, ...], causal: bool, columns: int, device: 
     prefix = offsets[-1] if causal else columns
     starts = torch.tensor(offsets, dtype=torch.int32)
     ahead = None
-    if device.type == "cpu" and 0 < prefix < columns <= _FEW_COLUMNS:
+    if device.type == "cpu" and prefix < columns <= _FEW_COLUMNS:
         hidden = (column >= prefix) & (column > column[:, None])
         ahead = torch.zeros(1, 1, columns, columns).masked_fill_(hidden, -math.inf)
     return _Table(
@@ -514,6 +518,38 @@ def _flash_backward(
         by_segment[:, number] -= pulled
         by_segment[:, widest] += pulled
     return by_segment
+
+
+def _attend_few(
+    qkv: Tensor,
+    num_heads: int,
+    offsets: Sequence[int],
+    lengths: Tensor,
+    causal: Sequence[bool],
+    gates: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Return out (B, T, H, D) by `cpu_attention.attend_few`."""
+    dtype = tiled.compute_dtype(qkv)
+    table = _table(offsets, causal, qkv.shape[1], qkv.device)
+    valid = table.valid(lengths)
+    mask = None if table.ahead is None else table.ahead.to(dtype)
+    dead = None
+    if valid is not None:
+        padding = ~valid
+        unseen, dead = padding[:, None, None], padding[:, None, :, None]
+        mask = torch.zeros(unseen.shape, dtype=dtype) if mask is None else mask
+        mask = mask.masked_fill(unseen, cpu.hidden(dtype))
+    query, key, value = _views(qkv, num_heads)
+    return cpu.attend_few(
+        query,
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        scale=scale,
+        mask=mask,
+        gate=_gate_bias(gates, table, dtype),
+        dead=dead,
+    )
 
 
 def _tiled_calls(
