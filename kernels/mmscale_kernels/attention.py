@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import cpu_attention as cpu
 from . import tiled_attention as tiled
-from .dispatch import Decision, choose, register_decision
+from .dispatch import Decision, choose, is_torch_on_cpu, register_decision
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ def _run(
     if not wants_lse and _use_flash(query, dropout_p):
         _check(query, sources, query_lengths, seeds)
         known_sources = [_flash_source(source) for source in sources]
-        is_torch = _choose(query, len(sources), backend).backend == "torch"
+        is_torch = is_torch_on_cpu(backend, query.device)
+        is_torch = is_torch or _choose(query, len(sources), backend).backend == "torch"
         if is_torch and cpu.shares_a_call(query, known_sources):
             num_keys = sum(source.key.shape[1] for source in sources)
             if cpu.has_few(query, num_keys, (one.gate for one in known_sources if one.gate is not None)):

@@ -21,8 +21,9 @@ more column of the heads, 1 in dO and -c in out.
 
 Where nobody asks for the log-sum-exps of the sources and there is little to do, or no padding to skip, one call on
 concatenated keys is faster than a call each (`attend_joined`); it holds a copy of the keys of several sources. And
-where a sample and head have few logits, the kernel itself loses to two batched products with a softmax between them
-(`attend_few`), which keep the probabilities for the backward pass, 16 KiB of fp32 a sample and head at most.
+where a sample and head have few logits, time goes into calls rather than products (`attend_few`): without gates
+PyTorch's own autograd runs the kernel; with gates, two batched products with a softmax between them are faster, and
+keep the probabilities for the backward pass, 16 KiB of fp32 a sample and head at most.
 
 The trade-off: the kernel has no dropout and no gradient of a bias; `tiled_attention` has both. The functions here trust
 their arguments; the operators check them.
@@ -30,6 +31,7 @@ their arguments; the operators check them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +53,7 @@ _WORTH_A_CALL = 1 << 20
 _HIDDEN = -1e30
 # Logits of a sample and head up to which sources with padding share a call.
 _FEW_LOGITS = 1 << 14
-# Logits of a sample and head up to which the dense form wins; also what bounds the memory of its probabilities.
+# Logits of a sample and head up to which `attend_few` wins; also what bounds the memory of its probabilities.
 _DENSE_LOGITS = 1 << 12
 # exp(x - x_s) * dx_s beyond this no longer shares a call with the joint gradients: fp32 ends at 3e38, and sums follow.
 _MOST_SHIFT = 1e25
@@ -106,7 +108,7 @@ def is_direct(tensors: Sequence[Tensor]) -> bool:
     if count_modes is None or innermost_transform is None:
         return False  # a PyTorch that has no such names can't be asked who is looking
     for x in tensors:
-        if type(x) not in _PLAIN or x.device.type != "cpu":
+        if type(x) not in _PLAIN or not x.is_cpu:
             return False
     return not torch.compiler.is_compiling() and count_modes() == 0 and innermost_transform() is None
 
@@ -207,7 +209,7 @@ def attend_backward(
 
 
 def has_few(query: Tensor, num_keys: int, gates: Iterable[Tensor]) -> bool:
-    """Say whether `attend_few` takes a call with so many keys and these gates, and is the faster form."""
+    """Say whether `attend_few` takes so many keys and these gates, and is the faster form."""
     return 0 < query.shape[1] * num_keys <= _DENSE_LOGITS and not any(closes(gate) for gate in gates)
 
 
@@ -221,6 +223,25 @@ def hidden(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 4
 
 
+def hiding(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask of `attend_few` that hides what isn't seen (bool)."""
+    return torch.where(seen, *_seen_or_hidden(dtype))
+
+
+@functools.cache
+def _seen_or_hidden(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # they stay, and a later call may train
+        return torch.zeros((), dtype=dtype, device="cpu"), torch.full(
+            (), hidden(dtype), dtype=dtype, device="cpu"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _places(size: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(size, device="cpu")
+
+
 def attend_few(
     query: Tensor,
     key: Tensor,
@@ -229,21 +250,36 @@ def attend_few(
     scale: float,
     mask: Tensor | None = None,
     gate: Tensor | None = None,
-    dead: Tensor | None = None,
+    keep: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Return out (B, Lq, H, D), contiguous, of dense attention over few keys, under autograd.
+    """Return out (B, Lq, H, D), contiguous, of attention over few keys, under autograd.
+
+    Without a gate it is PyTorch's own operator, flash kernel and all, but without any Python in its backward pass. A
+    gate would send it to a dense form of several passes; and grouped queries or half precision gain from fp32 products.
 
     key, value: (B, Hkv, Lk, D). mask: added to the logits, 4 sizes, each 1 or that of (B, H, Lq, Lk), without a
-    gradient. gate: the same with one, (1 or B, H, 1, Lk). dead: rows that are 0, bool, sizes as those of mask.
-    rows: (B, Lq) bool, the rows whose gradients count, whatever the others' hold.
+    gradient. gate: the same with one, (1 or B, H, 1, Lk). keep: (B, 1, 1 or Lq, 1), 0 for queries whose output
+    is 0, else 1. rows: (B, Lq) bool, the rows whose gradients count, whatever the others' hold.
     """
-    out: Tensor = _Few.apply(query, key, value, gate, mask, dead, rows, scale)
+    out: Tensor
+    if gate is None and key.shape[1] == query.shape[2] and query.dtype == compute_dtype(query):
+        heads = query.transpose(1, 2), key, value
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, mask, scale=scale).transpose(1, 2)
+        if rows is not None:
+            assert keep is not None
+            out = out.masked_fill(
+                keep.transpose(1, 2) == 0, 0.0
+            )  # not a product: 0 * NaN arriving would be NaN
+        elif keep is not None:
+            out = out * keep.transpose(1, 2)
+        return out.contiguous()
+    out = _Few.apply(query, key, value, gate, mask, keep, rows, scale)
     return out
 
 
 class _Few(torch.autograd.Function):
-    """`attend_few`. A row whose probabilities are 0 has no gradient, so the backward pass asks for no mask."""
+    """The dense form of `attend_few`: a row of probabilities 0 has no gradient, so the way back asks for no mask."""
 
     @staticmethod
     def forward(
@@ -253,7 +289,7 @@ class _Few(torch.autograd.Function):
         value: Tensor,
         gate: Tensor | None,
         mask: Tensor | None,
-        dead: Tensor | None,
+        keep: Tensor | None,
         rows: Tensor | None,
         scale: float,
     ) -> Tensor:
@@ -273,8 +309,8 @@ class _Few(torch.autograd.Function):
                 if term is not None:
                     wide.add_(term)
         share = logits.softmax(-1)
-        if dead is not None:
-            share.view(shape).masked_fill_(dead, 0.0)
+        if keep is not None:
+            share.view(shape).mul_(keep)  # several times as fast as to fill with a mask
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, share, rows)
         ctx.known = (shape, width, given, scale, None if gate is None else gate.shape)
@@ -318,21 +354,21 @@ def attend_few_sources(
     masks = [
         None if source.lengths is None and source.starts is None else _in_range(source) for source in sources
     ]
-    mask = gate = dead = rows = None
+    mask = gate = keep = rows = None
     if query_lengths is not None:
-        rows = torch.arange(num_queries) < query_lengths[:, None]
-        query, dead = _cleaned(query, rows), ~rows[:, None, :, None]
+        rows = _places(num_queries) < query_lengths[:, None]
+        query, keep = _cleaned(query, rows), rows.to(dtype)[:, None, :, None]
     if any(valid is not None for valid in masks):
         parts = [
             torch.ones(1, dtype=torch.bool).expand(batch, size) if valid is None else valid
             for size, valid in zip(sizes, masks, strict=True)
         ]
-        unseen = ~(parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None, None]
-        mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, hidden(dtype))
+        seen = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None, None]
+        mask = hiding(seen, dtype)
         if all(valid is not None for valid in masks):
-            blind = unseen.all(-1, keepdim=True)
-            if bool(blind.any()):
-                dead = blind if dead is None else dead | blind
+            has_any = seen.any(-1, keepdim=True)
+            if not has_any.all().item():
+                keep = has_any.to(dtype) if keep is None else keep * has_any
     if sources[0].causal:
         mask = torch.full((num_queries, num_queries), hidden(dtype), dtype=dtype).triu_(1)[None, None]
     if any(source.gate is not None for source in sources):
@@ -344,7 +380,7 @@ def attend_few_sources(
         _side_by_side(given, masks).transpose(1, 2)
         for given in ([source.key for source in sources], [source.value for source in sources])
     )
-    return attend_few(query, key, value, scale=scale, mask=mask, gate=gate, dead=dead, rows=rows)
+    return attend_few(query, key, value, scale=scale, mask=mask, gate=gate, keep=keep, rows=rows)
 
 
 def shares_a_call(query: Tensor, sources: Sequence[FlashSource]) -> bool:
@@ -526,7 +562,7 @@ def hides_all(mask: Tensor) -> Tensor:
 
 def _in_range(source: FlashSource) -> Tensor:
     """Return which keys of a source with lengths or starts are valid, (B, Lk) bool."""
-    place = torch.arange(source.key.shape[1])
+    place = _places(source.key.shape[1])
     if source.starts is None:
         assert source.lengths is not None
         return place < source.lengths[:, None]
@@ -730,13 +766,21 @@ def _parts(query: Tensor, source: FlashSource, rows: list[int] | None) -> Iterat
         return
     low, high, most = min(x[0] for x in filled), max(x[1] for x in filled), max(x[2] for x in filled)
     if len(runs) > 1:
-        spared = batch * most * (high - low) - sum((stop - start) * end for start, stop, end in filled)
-        worth = spared * heads * width >= _WORTH_A_CALL * len(runs)
+        threads = torch.get_num_threads()
+
+        def paid(samples: int) -> int:
+            """Count heads, with those that threads could take while others work: a thread takes a head whole."""
+            return -(-samples * heads // threads) * threads
+
+        spared = paid(batch) * most * (high - low)
+        for start, stop in runs:
+            begin, end, limit = ranges[start]
+            spared -= paid(stop - start) * max(0, end - begin) * limit
+        worth = spared * width >= _WORTH_A_CALL * len(runs)
         # A mask with a place for every query would be larger than the bias that asks for it.
         square = source.bias is not None and source.bias.shape[2] > 1
         slanted = source.causal and any(x[0] != low for x in filled)
-        idle = heads < torch.get_num_threads()
-        if not (square or slanted or (worth and not idle)):
+        if not (square or slanted or worth):
             places = torch.arange(low, high)
             valid = None
             if any(x[:2] != (low, high) for x in ranges):

@@ -109,6 +109,14 @@ def choose(op: str, backend: str | None, device: torch.device, form_refusal: str
     )
 
 
+def is_torch_on_cpu(backend: str | None, device: torch.device) -> bool:
+    """Say whether `choose` would answer "torch" for a CPU tensor, without the price of its reasons.
+
+    False also where it would raise: then ask it.
+    """
+    return (backend is None or backend == "torch") and device.type == "cpu"
+
+
 _DECISIONS: dict[Callable[..., Any], Callable[..., Decision]] = {}
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import cpu_attention as cpu
 from . import tiled_attention as tiled
-from .dispatch import Decision, choose, register_decision
+from .dispatch import Decision, choose, is_torch_on_cpu, register_decision
 
 # Up to here one flash call with a (T, T) mask beats a call for the prefix and one for the causal segment.
 _FEW_COLUMNS = 128
@@ -81,7 +81,7 @@ def packed_attention(
         return _packed(*arguments)[0]
     if _use_flash(qkv) and qkv.numel() and cpu.has_few(qkv, qkv.shape[1], () if gates is None else (gates,)):
         _check(qkv, num_heads, offsets, lengths, causal, gates)
-        if _choose(qkv, len(offsets), backend).backend == "torch":
+        if is_torch_on_cpu(backend, qkv.device) or _choose(qkv, len(offsets), backend).backend == "torch":
             return _attend_few(qkv, num_heads, offsets, lengths, causal, gates, scale)
     if torch.is_grad_enabled() and (qkv.requires_grad or (gates is not None and gates.requires_grad)):
         return _Direct.apply(*arguments)[0]
@@ -333,7 +333,8 @@ class _Table:
 
 
 def _table(offsets: Sequence[int], causal: Sequence[bool], columns: int, device: torch.device) -> _Table:
-    return _cached_table(tuple(offsets), bool(causal[-1]), columns, device)
+    with torch.inference_mode(False):  # what the cache holds may be saved for a backward pass later
+        return _cached_table(tuple(offsets), bool(causal[-1]), columns, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -358,7 +359,7 @@ def _gate_bias(gates: Tensor | None, table: _Table, dtype: torch.dtype) -> Tenso
     if gates is None:
         return None
     spread = gates if gates.dim() == 3 else gates[None]
-    return spread.to(dtype)[:, table.segment].transpose(1, 2).unsqueeze(2)
+    return spread.to(dtype).index_select(1, table.segment).transpose(1, 2).unsqueeze(2)
 
 
 def _reduce_columns(by_column: Tensor, table: _Table, gates: Tensor) -> Tensor:
@@ -534,12 +535,10 @@ def _attend_few(
     table = _table(offsets, causal, qkv.shape[1], qkv.device)
     valid = table.valid(lengths)
     mask = None if table.ahead is None else table.ahead.to(dtype)
-    dead = None
+    keep = None
     if valid is not None:
-        padding = ~valid
-        unseen, dead = padding[:, None, None], padding[:, None, :, None]
-        mask = torch.zeros(unseen.shape, dtype=dtype) if mask is None else mask
-        mask = mask.masked_fill(unseen, cpu.hidden(dtype))
+        keep, padding = valid.to(dtype)[:, None, :, None], cpu.hiding(valid, dtype)[:, None, None]
+        mask = padding if mask is None else mask + padding
     query, key, value = _views(qkv, num_heads)
     return cpu.attend_few(
         query,
@@ -548,7 +547,7 @@ def _attend_few(
         scale=scale,
         mask=mask,
         gate=_gate_bias(gates, table, dtype),
-        dead=dead,
+        keep=keep,
     )
 
 
