@@ -533,6 +533,17 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def section(result: Mapping[str, Any]) -> str:
+    """The README's part between the markers."""
+    return f"""\
+`python benchmarks/compile_kernels.py` made this with triton {result["versions"]["triton"]}; no device took part.
+For sm_90 each kernel and class of the tables has a row with its choice, for the other targets each kernel has
+one with the worst figures of its classes. `tests/test_compiled.py` holds them to the devices' limits, and
+gives the reason of each spill for sm_90.
+
+{table_of(result["rows"])}"""
+
+
 def dump(result: Mapping[str, Any]) -> str:
     """The result as JSON, a row a line."""
     rows = ",\n".join(json.dumps(row) for row in result.get("rows", []))
@@ -593,13 +604,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dump(result), encoding="utf-8")
     if options.out is None:
-        words = (
-            f"`python benchmarks/compile_kernels.py` made this with triton {triton.__version__}; no device took part.\n"
-            "For sm_90 each kernel and class of the tables has a row with its choice, for the other targets each kernel\n"
-            "one with the worst figures of its classes. `tests/test_compiled.py` holds them to the devices' limits, and\n"
-            "gives the reason of each spill for sm_90."
-        )
-        write_readme(f"{words}\n\n{table_of(result['rows'])}")
+        write_readme(section(result))
     failed = [row for row in result.get("rows", []) if row["failed"]]
     for row in failed:
         say(f"failed: {row['kernel']} {row['class']} {row['config']} {row['target']}: {row['failed']}")
