@@ -34,11 +34,6 @@ MAY_SPILL: dict[tuple[str, str], tuple[int, str]] = {
         24,
         "in the packed form at D = 16, whose 128 registers are the assembler's choice",
     ),
-    ("attention_short_forward", "fp32 d64 n64"): (
-        288,
-        "all of 32 keys and values at D = 64 lie in registers; of 16, none",
-    ),
-    ("attention_short_backward", "fp32 d64 n64"): (600, "as above, and their gradients"),
     ("deformable_backward_value", "d64"): (24, "in fp32, whose 80 registers are the assembler's choice"),
 }
 # (the tables' kernel, class): why its sm_90 choice multiplies halves without wgmma.
