@@ -172,3 +172,11 @@ def test_a_call_a_sample_keeps_the_threads_busy(heads: int, monkeypatch: pytest.
     source = cpu.FlashSource(key, key, torch.arange(1, 9) * 64, None, None, None, False)
     parts = list(cpu._parts(key, source, None))
     assert len(parts) == (8 if heads == 8 else 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_meet_only_for_much_work(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    key = torch.zeros(8, 256, 8, 64)
+    source = cpu.FlashSource(key, key, torch.arange(1, 9) * 32, None, None, None, False)
+    assert len(list(cpu._parts(key, source, None))) == (8 if threads == 1 else 1)

@@ -49,6 +49,9 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 # Products (logits times width) that are worth a call of their own: about 30 us of work.
 _WORTH_A_CALL = 1 << 20
+# As much for several threads, about a millisecond: they wait for each other at the end of every call, and where other
+# work wants their cores too (data loading, say), for as long as the slowest of them isn't scheduled.
+_WORTH_A_MEETING = 1 << 25
 # Finite, so that rows whose every key a bias hides have a log-sum-exp that tells them apart.
 _HIDDEN = -1e30
 # Logits of a sample and head up to which sources with padding share a call.
@@ -268,9 +271,8 @@ def attend_few(
         out = torch.nn.functional.scaled_dot_product_attention(*heads, mask, scale=scale).transpose(1, 2)
         if rows is not None:
             assert keep is not None
-            out = out.masked_fill(
-                keep.transpose(1, 2) == 0, 0.0
-            )  # not a product: 0 * NaN arriving would be NaN
+            # Not a product: if a NaN arrives there, 0 * NaN is one too.
+            out = out.masked_fill(keep.transpose(1, 2) == 0, 0.0)
         elif keep is not None:
             out = out * keep.transpose(1, 2)
         return out.contiguous()
@@ -776,7 +778,7 @@ def _parts(query: Tensor, source: FlashSource, rows: list[int] | None) -> Iterat
         for start, stop in runs:
             begin, end, limit = ranges[start]
             spared -= paid(stop - start) * max(0, end - begin) * limit
-        worth = spared * width >= _WORTH_A_CALL * len(runs)
+        worth = spared * width >= (_WORTH_A_CALL if threads == 1 else _WORTH_A_MEETING) * len(runs)
         # A mask with a place for every query would be larger than the bias that asks for it.
         square = source.bias is not None and source.bias.shape[2] > 1
         slanted = source.causal and any(x[0] != low for x in filled)
