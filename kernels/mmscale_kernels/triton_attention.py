@@ -155,7 +155,8 @@ def _row_state(seeds, sample, salt, head, rows):
 
 @triton.jit
 def _kept(state, columns, threshold):
-    return _mix(state + columns.to(tl.uint32) * 0x9E3779B9) >= threshold.to(tl.uint32)
+    # a threshold of 1 is a constant to the compiler, which `to` is no method of
+    return _mix(state + columns.to(tl.uint32) * 0x9E3779B9) >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit
