@@ -1,23 +1,24 @@
 """Triton kernels of attention, shared by `packed_attention` and `cross_modal_attention`.
 
-Several sources of keys in one pass: the kernels take tuples of pointers and strides, one entry a source, and unroll over
-them, so nothing is concatenated. Queries, keys and values are views with any strides (a unit one in D): parts of one
-buffer, or tensors of their own. What is valid is a range per sample and source, so padding is skipped block by block, and
-only the blocks at a range's end or on the diagonal are masked.
+Several sources of keys in one pass: the kernels take tuples of pointers and strides, one entry a source, and unroll
+over them, so nothing is concatenated. Queries, keys and values are views with any strides (a unit one in D): parts of
+one buffer, or tensors of their own. What is valid is a range per sample and source, so padding is skipped block by
+block, and only the blocks at a range's end or on the diagonal are masked.
 
-Two forms, chosen by the shapes and the tables alone (`_short_keys`):
+Two forms, chosen by the shapes and the tables alone (`Call.short_tile`):
 
 - *streaming*: an online softmax over blocks of keys. Two backward kernels, one that owns query blocks and one that owns
   key blocks, recompute the probabilities from the log-sum-exp. The price is that they are computed twice there.
 - *short keys*: the keys and values of all sources stay on chip as one tile, a program walks over its queries, and the
-  backward pass is one kernel that reads Q and dO and writes dQ, once. Keys' gradients are summed over programs afterwards.
+  backward pass is one kernel that reads Q and dO and writes dQ, once. Keys' gradients are then summed over programs.
 
 No atomics: partial sums have places of their own and are added in a fixed order, so every run gives the same bits.
 
-A bias that broadcasts over samples, heads, queries or keys gets its gradient from a kernel of its own, which recomputes the
-logits and owns a tile of the bias: memory stays that of the bias.
+A bias that broadcasts over samples, heads, queries or keys gets its gradient from a kernel of its own, which recomputes
+the logits and owns a tile of the bias: memory stays that of the bias.
 
-Import this module only where a kernel is about to run: it needs triton, and ``TRITON_INTERPRET=1`` has to be set before.
+Import this module only where a kernel is about to run: it needs triton, and ``TRITON_INTERPRET=1`` has to be set
+before.
 Sources: Dao 2023 (FlashAttention-2, arXiv 2307.08691) for the streaming form; Milakov and Gimelshein 2018 (arXiv
 1805.02867) for the online softmax.
 """
@@ -51,8 +52,8 @@ class KeySource:
     """Keys and values of one source as the kernels read them.
 
     key, value: (B, Lk, Hkv, D) views. lengths, starts: (B,) int32 or int64 views; out of bounds, they are clamped.
-    gate: (1 or B, H), unit stride in H. bias: each size 1 or full against (B, H, Lq, Lk). shift: query i sees keys up to
-    i + shift; None = all.
+    gate: (1 or B, H), unit stride in H. bias: each size 1 or full against (B, H, Lq, Lk). shift: query i sees keys up
+    to i + shift; None = all.
     """
 
     key: Tensor
@@ -66,7 +67,7 @@ class KeySource:
 
 @dataclass(frozen=True)
 class QueryRange:
-    """Rows first .. first + size - 1 of the queries, of which lengths[b] (B,), or all, are valid; others count as padding."""
+    """Rows first .. first + size - 1 of the queries; the first lengths[b] (B,), or all, are valid, others are padding."""
 
     first: int
     size: int
@@ -474,7 +475,7 @@ def _merged_columns(
     n, sample, lengths, starts, length_strides, start_strides, sizes, shifts,
     NS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The sources one after the other as one row of columns: which of n are valid, and the first query that sees them."""
+    """The sources one after the other as one row of columns: which of n are valid, and who is the first to see them."""
     inside = n < 0
     limit = n * 0 - _FAR
     first = 0
@@ -701,7 +702,7 @@ def _backward_bias(
     if not ALL_HEADS:
         first_head = other % num_heads
         last_head = first_head + 1
-        head_place = first_head.to(tl.int64)
+        head_place = (other % num_heads).to(tl.int64)
         other = other // num_heads
     first_sample, last_sample = 0, batch
     sample_place = 0
@@ -916,7 +917,7 @@ def _short_backward(
         lse = _joint_lse(lse_ptr, place, valid, NL)
         q = _load(q_ptr + sample * q_b + head * q_h, rows, q_t, dims, valid, D, BD, UPCAST)
         grad = _load(grad_ptr + sample * g_b + head * g_h, rows, g_t, dims, valid, D, BD, UPCAST)
-        # keys by queries: the probabilities are the left operand of both products that keys own, straight from registers
+        # keys by queries: what both products of the keys need as their left operand then lies in registers
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * _LOG2E)
         if ANY_GATED:
             logits += gate[:, None]
@@ -1173,7 +1174,7 @@ def attend_backward(
     wants_bias: Sequence[bool],
     grad_lse: Tensor | None = None,
 ) -> Gradients:
-    """Fill grad_query, grad_keys and grad_values (any strides, unit in D) and return them with those of gates and biases.
+    """Fill grad_query, grad_keys and grad_values (any strides, unit in D); return them with those of gates and biases.
 
     grad_lse: fp32, contiguous, of lse's shape. out, lse: what `attend` filled.
     """
