@@ -67,7 +67,7 @@ class KeySource:
 
 @dataclass(frozen=True)
 class QueryRange:
-    """Rows first .. first + size - 1 of the queries; the first lengths[b] (B,), or all, are valid, others are padding."""
+    """Rows first .. first + size - 1 of the queries; lengths[b] (B,) of them, or all, are valid, others padding."""
 
     first: int
     size: int
@@ -709,7 +709,7 @@ def _backward_bias(
     if not ALL_SAMPLES:
         first_sample = other
         last_sample = other + 1
-        sample_place = other
+        sample_place = other.to(tl.int64)
     dims = tl.arange(0, BD)
     total = tl.zeros((BM, BN), tl.float32)
     for sample_number in range(first_sample, last_sample):
@@ -777,7 +777,7 @@ def _backward_bias(
     wide = 1 if ALL_KEYS else size
     tall = 1 if ALL_QUERIES else num_queries
     num_bias_heads = 1 if ALL_HEADS else num_heads
-    base = dbias_ptr + (sample_place.to(tl.int64) if not ALL_SAMPLES else 0) * num_bias_heads * tall * wide
+    base = dbias_ptr + sample_place * num_bias_heads * tall * wide
     base += head_place * tall * wide
     row = first_query * BM + tl.arange(0, BM)
     column = first_key * BN + tl.arange(0, BN)
