@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tiled_attention import compute_dtype
+from .tiled_attention import compute_dtype, differentiable_once, without_autocast
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 softmax_backward = torch.ops.aten._softmax_backward_data.default
@@ -320,7 +320,8 @@ class _Few(torch.autograd.Function):
         return out.contiguous() if given == dtype else torch.empty(out.shape, dtype=given).copy_(out)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
+    @without_autocast
     def backward(ctx: Any, grad_out: Tensor | None) -> Any:
         if grad_out is None:
             return (None,) * 8
