@@ -357,7 +357,7 @@ def attend_few_sources(
     masks = [
         None if source.lengths is None and source.starts is None else _in_range(source) for source in sources
     ]
-    mask = gate = keep = rows = None
+    mask = gate = keep = rows = seen = None
     if query_lengths is not None:
         rows = _places(num_queries) < query_lengths[:, None]
         query, keep = _cleaned(query, rows), rows.to(dtype)[:, None, :, None]
@@ -367,13 +367,15 @@ def attend_few_sources(
             for size, valid in zip(sizes, masks, strict=True)
         ]
         seen = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None, None]
+    if sources[0].causal:
+        ahead = torch.ones(num_queries, num_queries, dtype=torch.bool).tril_()
+        seen = ahead[None, None] if seen is None else seen & ahead
+    if seen is not None:
         mask = hiding(seen, dtype)
         if all(valid is not None for valid in masks):
             has_any = seen.any(-1, keepdim=True)
             if not has_any.all().item():
                 keep = has_any.to(dtype) if keep is None else keep * has_any
-    if sources[0].causal:
-        mask = torch.full((num_queries, num_queries), hidden(dtype), dtype=dtype).triu_(1)[None, None]
     if any(source.gate is not None for source in sources):
         gates = [query.new_zeros(1, heads, dtype=dtype) if x.gate is None else x.gate for x in sources]
         samples = max(x.shape[0] for x in gates)
