@@ -1,17 +1,13 @@
 """The Triton kernels of attention under Triton's interpreter, against the tiled form and the dense one.
 
-Triton decides at its first import whether it interprets, for good, and other tests need it otherwise. So
-these tests run in a process of their own: without TRITON_INTERPRET=1 the tests here start pytest on this
-file with it.
+They run in a process of their own: see `interpreted`.
 """
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+import interpreted
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,38 +22,23 @@ from torch import Tensor
 # probabilities and their gradients to 11 bits before the second product, and results are up to 8 in size.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2}
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not interpreted.INTERPRETED:
     # Not collected here: the names below would be those of tests.
-    def under_the_interpreter(tier: str) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", tier, __file__]
-        done = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
     def test_under_the_interpreter() -> None:
-        under_the_interpreter("not slow")
+        interpreted.run(__file__)
 
     @pytest.mark.slow
     def test_more_under_the_interpreter() -> None:
-        under_the_interpreter("slow")
+        interpreted.run(__file__, "slow")
 
 else:
     import triton
     import triton.language as tl
+    from interpreted import poisoned_memory  # noqa: F401
     from mmscale_kernels.triton_attention import _where_we_are
 
     # A program of the streaming form has 16 queries and 16 keys here, one of the short form all keys.
     KEYS = {"short": 64, "streaming": 0}
-
-    @pytest.fixture(autouse=True)
-    def _poisoned_memory() -> Any:
-        """What a kernel forgets to write is NaN."""
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-        assert torch.empty(3).isnan().all()
-        yield
-        torch.use_deterministic_algorithms(before)
 
     @pytest.fixture(params=KEYS)
     def form(request: pytest.FixtureRequest) -> Iterator[str]:

@@ -1,17 +1,12 @@
 """The Triton kernels of deformable attention under Triton's interpreter, against the reference in fp64.
 
-Triton decides at its first import whether it interprets, for good, and other tests need it otherwise. So
-these tests run in a process of their own: without TRITON_INTERPRET=1 the one test here starts pytest on this
-file with it.
+They run in a process of their own: see `interpreted`.
 """
 
 import math
 import mmap
-import os
-import subprocess
-import sys
-from typing import Any
 
+import interpreted
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,28 +18,16 @@ from torch import Tensor
 # Sums of some dozen fp32 terms; the gradients of locations carry the size of the map.
 FP32 = 2e-5
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not interpreted.INTERPRETED:
     # Not collected here: the names below would be those of tests.
     def test_under_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=250
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        interpreted.run(__file__)
 
 else:
+    from interpreted import poisoned_memory  # noqa: F401
     from mmscale_kernels import triton_deformable
 
     Shapes = list[tuple[int, int]]
-
-    @pytest.fixture(autouse=True)
-    def _poisoned_memory() -> Any:
-        """What a kernel forgets to write is NaN."""
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-        assert torch.empty(3).isnan().all()
-        yield
-        torch.use_deterministic_algorithms(before)
 
     def make(
         shapes: Shapes, *, batch: int, queries: int, heads: int, points: int, width: int, seed: int = 0

@@ -1,16 +1,12 @@
 """The losses' Triton kernels under Triton's interpreter, against the dense formulas in fp64.
 
-Triton decides at its first import whether it interprets, for good, and other tests need it otherwise. So
-these tests run in a process of their own: without TRITON_INTERPRET=1 the one test here starts pytest on this
-file with it.
+They run in a process of their own: see `interpreted`.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+import interpreted
 import pytest
 import torch
 from mmscale_kernels import configs, contrastive_loss, explain, sigmoid_loss
@@ -24,16 +20,14 @@ from test_losses import (
     value_and_gradients,
 )
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not interpreted.INTERPRETED:
     # Not collected here: the names below would be those of tests.
     def test_under_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=250
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        interpreted.run(__file__)
 
 else:
+    from interpreted import poisoned_memory  # noqa: F401
+
     # The interpreter's tiles are 32 x 64 in two halves and 32 features deep, its bands 64 x 128.
     SHAPES = [(1, 1, 3), (7, 7, 5), (64, 128, 32), (70, 140, 37)]
     KERNELS = ("losses_statistics", "losses_gradients", "losses_sigmoid")
@@ -48,17 +42,6 @@ else:
         }
         with configs.override(choices=choices):
             yield request.param
-
-    @pytest.fixture(autouse=True)
-    def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-        """What a kernel fails to write is NaN, not what the memory held before."""
-        real = torch.Tensor.new_empty
-
-        def new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            made = real(self, *args, **kwargs)
-            return made.fill_(torch.nan) if made.is_floating_point() else made
-
-        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
     @LOSSES
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
