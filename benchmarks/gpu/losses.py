@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu.harness import Case, Contender, Emit, Setting, Tensors, Work
 from mmscale_kernels import contrastive_loss, explain, sigmoid_loss
 from torch import Tensor
+
+from gpu.harness import Case, Contender, Emit, Setting, Tensors, Work
 
 SCALE = {"softmax": 100.0, "sigmoid": 10.0}  # where CLIP's ends up, and where SigLIP's starts
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gpu.harness import Case, Contender, Emit, Setting, Tensors, Work
 from mmscale_kernels import deformable_attention, explain
 from torch import Tensor
+
+from gpu.harness import Case, Contender, Emit, Setting, Tensors, Work
 
 LEVELS = [(64, 64), (32, 32), (16, 16), (8, 8)]
 TINY_LEVELS = [(8, 8), (4, 5)]

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu.attention import BACKENDS, spread_lengths
-from gpu.harness import Case, Contender, Emit, Setting, Tensors, Work
 from mmscale_kernels import explain, packed_attention
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
+
+from gpu.attention import BACKENDS, spread_lengths
+from gpu.harness import Case, Contender, Emit, Setting, Tensors, Work
 
 
 def make(setting: Setting, sizes: dict[str, Any], seed: int) -> Tensors:
