@@ -2,7 +2,7 @@
 
     python benchmarks/compile_kernels.py            # all: writes results/compiled_kernels.json and the README's table
     python benchmarks/compile_kernels.py --quick --out FILE    # the sm_90 choice, bf16, D = 64 alone; no README
-    python benchmarks/compile_kernels.py --part 8 --out FILE   # each eighth variant, the same ones every time
+    python benchmarks/compile_kernels.py --part 4 --out FILE   # each fourth variant, the same ones every time
     python benchmarks/compile_kernels.py --list --out FILE     # what would be compiled, without doing it
 
 The public operators run on small CPU tensors, forward and backward, while the launch of a kernel is replaced by a
