@@ -353,6 +353,6 @@ def test_a_change_of_the_kernels_tables_is_recorded_and_said(
         train(config, interrupt)
     monkeypatch.setattr(kernel_configs, "fingerprint", lambda: "another")
     report = train(config, events.append)
-    assert report["kernels"] == {"tables": "another", "device": "interpreter", "used": ANY}
+    assert report["kernels"] == {"tables": "another", "device": "cpu", "used": ANY}
     said = [event["text"] for event in events if event["event"] == "message"]
     assert any("are another now" in text for text in said), said

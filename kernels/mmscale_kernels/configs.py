@@ -80,7 +80,7 @@ def record(device: torch.device) -> dict[str, Any]:
     """What decides the order of sums on this device: the tables' hash, and the configurations used by now."""
     return {
         "tables": fingerprint(),
-        "device": device_key(device),
+        "device": device_key(device) if device.type == "cuda" else device.type,
         "used": {" / ".join(key): config for key, config in sorted(_used.items())},
     }
 
