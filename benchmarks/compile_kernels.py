@@ -58,8 +58,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# What one block may use, in KiB: A100, H100, B200, MI300.
-SHARED_LIMITS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 # The target whose candidates are all compiled: that of the devices that the tables were made for.
 TUNED = "sm_90"
 INSTRUCTIONS = {
