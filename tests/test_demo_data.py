@@ -100,7 +100,8 @@ class TestShardWriter:
             ("x", {}, "no fields"),
             ("x", {"": b""}, "field named ''"),
             ("x", {"a/b": b""}, "field named 'a/b'"),
-            ("x" * 200, {"txt": b""}, "x" * 200),
+            ("x", {"JPG": b"", "jpg": b""}, "field 'jpg' twice"),
+            ("__x__/a", {"txt": b""}, "like __this__"),
         ],
     )
     def test_what_a_tar_shard_cannot_hold(
