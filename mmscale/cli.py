@@ -7,11 +7,12 @@ resuming; 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -145,6 +146,128 @@ def data_index(arguments: argparse.Namespace) -> None:
         print(f"{shard}: {len(build_index(shard))} samples")
 
 
+def data_check(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from mmscale.data.check import Fault, check, write_quarantine
+    from mmscale.errors import DataError
+
+    faults: list[Fault] = []
+
+    def on_fault(fault: Fault) -> None:
+        faults.append(fault)
+        if not arguments.json:
+            print(fault.line())
+
+    with _shard_progress(arguments.shards) as on_shard:
+        report = check(
+            arguments.shards,
+            fields=arguments.fields,
+            quick=arguments.quick,
+            run_jobs=_job_map(arguments),
+            resume=arguments.resume,
+            on_fault=on_fault,
+            on_shard=on_shard,
+        )
+    if arguments.quarantine is not None:
+        write_quarantine(arguments.quarantine, faults)
+    if arguments.json:
+        print(json.dumps({**asdict(report), "faults": [fault.to_json() for fault in faults]}))
+    else:
+        print(report.to_text())
+    if faults:
+        raise DataError(
+            f"{report.num_faults:,} faults in {report.num_bad_shards:,} of {report.num_shards:,} shards"
+        )
+
+
+@contextlib.contextmanager
+def _shard_progress(shards: list[str]) -> Iterator[Callable[[int], None]]:
+    from mmscale.data.jobs import Progress
+    from mmscale.data.manifest import expand
+
+    with Progress(len(expand(shards)), unit="shards") as progress:
+        yield progress.set
+
+
+def _job_map(arguments: argparse.Namespace) -> Any:
+    if arguments.address is None:
+        from mmscale.data.jobs import local_map
+
+        return local_map(arguments.workers)
+    from mmscale_launcher.tools import ray_map
+
+    return ray_map(arguments.address)
+
+
+def data_pack(arguments: argparse.Namespace) -> None:
+    from mmscale.data.ingest import PackOptions, pack
+
+    report = pack(
+        Path(arguments.out),
+        [Path(source) for source in arguments.sources],
+        PackOptions(
+            columns=tuple(_pairs("--column", "image=filepath", arguments.column)),
+            split=arguments.split,
+            classes=arguments.classes,
+            samples_per_shard=arguments.samples_per_shard,
+            shard_bytes=round(arguments.shard_mb * 1e6),
+            shuffle=arguments.shuffle,
+            limit=arguments.limit,
+            resize=arguments.resize,
+            keys=arguments.keys,
+            on_error=arguments.on_error,
+            first_dot=arguments.first_dot,
+            allow_outside=arguments.allow_outside,
+        ),
+        job_map=_job_map(arguments),
+    )
+    print(json.dumps(report.to_json()) if arguments.json else report.to_text())
+
+
+def data_repack(arguments: argparse.Namespace) -> None:
+    from mmscale.data.repack import RepackOptions, repack
+
+    report = repack(
+        Path(arguments.out),
+        arguments.shards,
+        RepackOptions(
+            samples_per_shard=arguments.samples_per_shard,
+            shard_bytes=round(arguments.shard_mb * 1e6),
+            shuffle=arguments.shuffle,
+            require=tuple(arguments.require),
+            minimum=_limits("--min", arguments.min),
+            maximum=_limits("--max", arguments.max),
+            fields=tuple(arguments.fields) if arguments.fields else None,
+            rename=tuple(_pairs("--rename", "txt=caption", arguments.rename)),
+            drop_bad=arguments.drop_bad,
+            quarantine=Path(arguments.quarantine) if arguments.quarantine else None,
+        ),
+        job_map=_job_map(arguments),
+    )
+    print(json.dumps(report.to_json()) if arguments.json else report.to_text())
+
+
+def _pairs(option: str, example: str, texts: list[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"{option} {text}: must have the form {example}")
+        pairs.append((name, value))
+    return pairs
+
+
+def _limits(option: str, texts: list[str]) -> tuple[tuple[str, float], ...]:
+    limits = []
+    for name, value in _pairs(option, "jpg.width=256", texts):
+        try:
+            limits.append((name, float(value)))
+        except ValueError:
+            raise ConfigError(f"{option} {name}={value}: {value!r} is no number") from None
+    return tuple(limits)
+
+
 def _config(arguments: argparse.Namespace, *changes: str) -> Any:
     from mmscale.recipes import get
 
@@ -255,6 +378,95 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=int, metavar="N", help="at most N concepts")
     command = add(data_index, "index", "write the index of shards", tools)
     command.add_argument("shards", nargs="+", metavar="SHARD")
+
+    def add_work(command: Any) -> None:
+        command.add_argument(
+            "shards", nargs="+", metavar="SHARDS", help="a folder, a tar, a brace pattern, or several"
+        )
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        command.add_argument("--workers", type=int, metavar="N", help="processes; default one a CPU")
+        command.add_argument(
+            "--address", help="of a Ray cluster to work on: auto, HOST:PORT or ray://HOST:PORT"
+        )
+
+    command = add(
+        data_check, "check", "find everything that is wrong with shards, decoding all of them", tools
+    )
+    add_work(command)
+    command.add_argument(
+        "--fields", metavar="SPEC", help='what each sample must have: "image: jpg|png, sound?: wav"'
+    )
+    command.add_argument("--quick", action="store_true", help="structure only: decode nothing")
+    command.add_argument("--resume", metavar="FILE", help="keep what was found there, and go on from it")
+    command.add_argument(
+        "--quarantine", metavar="FILE", help="write the faults there, for repack and training"
+    )
+
+    def add_writing(command: Any) -> None:
+        command.add_argument(
+            "--samples-per-shard", type=int, default=10_000, metavar="N", help="at most, default 10000"
+        )
+        command.add_argument(
+            "--shard-mb", type=float, default=1000.0, metavar="MB", help="megabytes, at most; default 1000"
+        )
+        command.add_argument("--shuffle", type=int, metavar="SEED", help="mix the samples")
+        command.add_argument("--workers", type=int, metavar="N", help="processes, default one a CPU")
+        command.add_argument(
+            "--address", help="of a Ray cluster that does the work: auto, HOST:PORT or ray://"
+        )
+        command.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    command = add(data_pack, "pack", "write shards of files, tables or Hugging Face data sets", tools)
+    command.add_argument("out", metavar="OUT", help="the folder to make; a killed run goes on there")
+    command.add_argument(
+        "--from",
+        dest="sources",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="a folder of files, a .csv .tsv .jsonl .parquet .arrow table, a folder that `datasets` saved",
+    )
+    command.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="ROLE=COLUMN",
+        help="of a table; roles: image, audio, video, file, text, label, json, or a field's name",
+    )
+    command.add_argument("--split", help="of a data set that has several")
+    command.add_argument("--classes", action="store_true", help="the first sub-folder is the class")
+    command.add_argument("--limit", type=int, metavar="N", help="at most N samples")
+    command.add_argument(
+        "--resize", type=int, metavar="N", help="shrink pictures to a shorter side of N, as JPEG"
+    )
+    command.add_argument("--keys", choices=("number", "stem"), default="number")
+    command.add_argument("--on-error", choices=("fail", "skip"), default="fail")
+    command.add_argument("--first-dot", action="store_true", help="cat.seg.png is field seg.png of cat")
+    command.add_argument("--allow-outside", action="store_true", help="read files outside of the source, too")
+    add_writing(command)
+    command = add(data_repack, "repack", "write shards anew: other sizes, filtered, shuffled", tools)
+    command.add_argument("out", metavar="OUT", help="the folder to make; a killed run goes on there")
+    command.add_argument(
+        "shards", nargs="+", metavar="SHARDS", help="a folder, a tar, a brace pattern, or a URL"
+    )
+    command.add_argument("--require", nargs="+", default=[], metavar="FIELD", help="samples must have these")
+    for name, word in (("min", "least"), ("max", "most")):
+        command.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="COLUMN=X",
+            help=f"at {word} X: FIELD.width, .height, .seconds, .chars or .bytes",
+        )
+    command.add_argument("--fields", nargs="+", metavar="FIELD", help="keep only these")
+    command.add_argument("--rename", action="append", default=[], metavar="FIELD=NEW")
+    command.add_argument(
+        "--drop-bad", action="store_true", help="decode each sample, leave out what can't be"
+    )
+    command.add_argument(
+        "--quarantine", metavar="F", help="leave out the samples that this .jsonl file lists"
+    )
+    add_writing(command)
     return parser
 
 
