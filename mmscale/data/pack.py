@@ -39,7 +39,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from mmscale.data.index import build_index, read_index
+from mmscale.data.index import IndexBuilder, read_index
 from mmscale.data.jobs import JobMap, Progress, local_map
 from mmscale.errors import DataError, UserError
 
@@ -93,6 +93,7 @@ class ShardWriter:
         self._first_shard = first_shard
         self._manifest = manifest
         self._file: BinaryIO | None = None
+        self._index: IndexBuilder
         self._position = 0  # bytes of the shard under way
         self._keys: set[str] = set()
 
@@ -137,7 +138,11 @@ class ShardWriter:
             if self._file is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._file = self._temporary.open("wb")
-            for _, header, content in members:
+                self._index = IndexBuilder(self._path)
+            position = self._position
+            for name, header, content in members:
+                self._index.add(name, position + len(header), len(content))
+                position += len(header) + _padded(len(content))
                 self._file.write(header)
                 self._file.write(content)
                 self._file.write(b"\0" * (_padded(len(content)) - len(content)))
@@ -167,7 +172,7 @@ class ShardWriter:
         self._position = 0
         self._keys.clear()
         self.paths.append(path)
-        build_index(path)
+        self._index.finish()
 
     def _drop(self) -> None:
         if self._file is not None:
@@ -506,7 +511,7 @@ def _finish(
             index = read_index(path)  # makes it, if a run died between the shard and its index
             counts["num_shards"] += 1
             counts["num_samples"] += len(index)
-            counts["num_bytes"] += index.shard_size
+            counts["num_bytes"] += index.size
     causes = Counter(left_out)
     causes.update(json.loads(line)["cause"] for line in lines)
     if not counts["num_samples"]:
