@@ -778,6 +778,8 @@ def _open_table(path: Path, options: PackOptions, say: Callable[[str], None]) ->
     if options.classes or options.split:
         raise UserError("--classes and --split are for folders, not for a table")
     rows = _read_rows(path)
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = _choose_columns(path, names, {}, options, say)
     root = os.path.realpath(path.parent)
