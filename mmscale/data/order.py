@@ -17,18 +17,21 @@ epoch, though never together in one batch as long as the batch is not larger tha
 import functools
 import hashlib
 import heapq
+import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from mmscale.errors import ConfigError
+from mmscale.errors import ConfigError, DataError
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: multiples of it are spread evenly
 _CHUNK = 1 << 17  # samples evaluated together
+MAX_HISTORY_BYTES = 3500  # a stream's whole state stays below 4 kB
 
 
 class Order(Protocol):
@@ -360,8 +363,7 @@ def _shares(weights: Mapping[str, float | int | Fraction], resolution: int) -> t
             raise ConfigError(f"weight of source {name!r}: must be a number, got {weight!r}")
         if not math.isfinite(weight) or weight < 0:
             raise ConfigError(f"weight of source {name!r}: must be finite and not negative, got {weight!r}")
-        is_exact = isinstance(weight, int | Fraction)
-        exact.append(Fraction(weight) if is_exact else Fraction(repr(float(weight))))
+        exact.append(_fraction(weight))
     total = sum(exact)
     if not total:
         raise ConfigError(f"weights: at least one source must have a positive weight, got {dict(weights)}")
@@ -379,7 +381,13 @@ def _shares(weights: Mapping[str, float | int | Fraction], resolution: int) -> t
                 f"weight of source {name!r}: {float(weight):.3g} of the samples is less than the schedule can hold, "
                 f"1 / {resolution}; give 0 to leave the source out, or a larger weight or resolution"
             )
-    return shares, period
+    common = math.gcd(*shares)
+    return [share // common for share in shares], period // common
+
+
+def _fraction(number: float | int | Fraction) -> Fraction:
+    """As written: 0.1 is a tenth, not the binary number next to it."""
+    return Fraction(number) if isinstance(number, int | Fraction) else Fraction(repr(float(number)))
 
 
 def _chairman(shares: Sequence[int]) -> list[int]:
@@ -428,10 +436,244 @@ def sample_weights(
             raise ConfigError(f"mean tokens of source {name!r}: must be a positive number, got {mean!r}")
         if not math.isfinite(weight) or weight < 0:
             raise ConfigError(f"weight of source {name!r}: must be finite and not negative, got {weight!r}")
-        weights[name] = Fraction(weight) / Fraction(mean)
+        weights[name] = _fraction(weight) / _fraction(mean)
     total = sum(weights.values())
     if not total:
         raise ConfigError(
             f"weights: at least one source must have a positive weight, got {dict(token_weights)}"
         )
     return {name: weight / total for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class _Segment:
+    start: int
+    counts: tuple[int, ...]  # of each source, at the start
+    shares: tuple[int, ...]  # of a period
+
+    def blend(self, names: tuple[str, ...]) -> Blend:
+        return _blend(names, self.shares)
+
+
+@functools.lru_cache(maxsize=8)  # a schedule takes up to 50 ms to make and 330 kB to keep
+def _blend(names: tuple[str, ...], shares: tuple[int, ...]) -> Blend:
+    return Blend(dict(zip(names, shares, strict=True)), resolution=sum(shares))
+
+
+class BlendHistory:
+    """A blend whose weights change during a run: segments, each with a schedule of its own from its start.
+
+        history = BlendHistory({"pairs": 1, "captions": 3})
+        history.change(1_000_000, {"pairs": 1, "captions": 1})    # from this position on
+
+    Within a segment each source is drawn (position - start) * weight times since the start, to less than one; counters
+    go on over all segments. `to_json` fits a checkpoint: it has the latest segments, the last one always, as many
+    as MAX_HISTORY_BYTES hold; older positions can't be replayed from it (`replay_from`). `records` has all.
+    """
+
+    def __init__(self, weights: Mapping[str, float | int | Fraction], resolution: int = 65536) -> None:
+        self.resolution = resolution
+        first = Blend(weights, resolution)
+        self.names = first.names
+        shares = tuple(
+            share.numerator * (first.period // share.denominator) for share in first.effective.values()
+        )
+        self._segments = [_Segment(0, (0,) * len(self.names), shares)]
+        # The largest that a segment may become, so that a run doesn't find out after weeks.
+        most = _Segment(10**15, (10**15,) * len(self.names), (resolution,) * len(self.names))
+        if self._num_bytes([most]) > MAX_HISTORY_BYTES:
+            raise ConfigError(
+                f"{len(self.names)} sources: their names and weights don't fit the {MAX_HISTORY_BYTES} bytes that a "
+                "state has for them; use fewer sources or shorter names"
+            )
+
+    @property
+    def replay_from(self) -> int:
+        """The first position that is known; 0 but for a history that was read from a state that had lost more."""
+        return self._segments[0].start
+
+    @property
+    def effective(self) -> dict[str, Fraction]:
+        """The weights that hold since the last change."""
+        return dict(self._segments[-1].blend(self.names).effective)
+
+    def change(self, position: int, weights: Mapping[str, float | int | Fraction]) -> None:
+        """Draw by `weights` from `position` on. The same weights as before change nothing.
+
+        Raises ConfigError for other sources than before (give the weight 0 to one that pauses), ValueError for a
+        position before the last change.
+        """
+        last = self._segments[-1]
+        if position < last.start:
+            raise ValueError(
+                f"the weights changed at position {last.start} already, {position} is before that"
+            )
+        if set(weights) != set(self.names):
+            raise ConfigError(
+                f"weights: the sources are {list(self.names)}, got {list(weights)}; weight 0 pauses a source"
+            )
+        new = Blend({name: weights[name] for name in self.names}, self.resolution)
+        shares = tuple(
+            share.numerator * (new.period // share.denominator) for share in new.effective.values()
+        )
+        if shares == last.shares:
+            return
+        counts = last.counts if position == last.start else tuple(self.counts(position).tolist())
+        if position == last.start:
+            self._segments.pop()
+        self._segments.append(_Segment(position, counts, shares))
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As Blend.at. Raises DataError for positions before `replay_from`."""
+        if len(positions):
+            self._check(int(positions.min()))
+        starts = np.array([segment.start for segment in self._segments], np.int64)
+        numbers = np.searchsorted(starts, positions, side="right") - 1
+        sources, counters = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
+        for number in np.unique(numbers).tolist():
+            segment, here = self._segments[number], numbers == number
+            found, before = segment.blend(self.names).at(positions[here] - segment.start)
+            sources[here], counters[here] = found, before + np.array(segment.counts, np.int64)[found]
+        return sources, counters
+
+    def counts(self, position: int) -> np.ndarray:
+        """(sources,) int64: how many samples of each source come before `position`."""
+        self._check(position)
+        segment = next(segment for segment in reversed(self._segments) if segment.start <= position)
+        within = segment.blend(self.names).counts(position - segment.start)
+        return np.array(segment.counts, np.int64) + within
+
+    def records(self) -> list[dict[str, Any]]:
+        """All segments that are known, for a log: [{"position", "counts", "weights"}, ...], fit for JSON."""
+        return [
+            {
+                "position": segment.start,
+                "counts": dict(zip(self.names, segment.counts, strict=True)),
+                "weights": {name: str(share) for name, share in segment.blend(self.names).effective.items()},
+            }
+            for segment in self._segments
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps, at most MAX_HISTORY_BYTES in its default form."""
+        kept = self._segments[-1:]
+        for segment in reversed(self._segments[:-1]):
+            if self._num_bytes([segment, *kept]) > MAX_HISTORY_BYTES:
+                break
+            kept = [segment, *kept]
+        return self._to_json(kept)
+
+    def _to_json(self, segments: Sequence[_Segment]) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "resolution": self.resolution,
+            "replay_from": segments[0].start,
+            "sources": list(self.names),
+            "segments": [[s.start, list(s.counts), list(s.shares)] for s in segments],
+        }
+
+    def _num_bytes(self, segments: Sequence[_Segment]) -> int:
+        return len(json.dumps(self._to_json(segments)))
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> "BlendHistory":
+        """What `to_json` gave. Raises DataError for anything else."""
+        try:
+            if state["version"] != 1:
+                raise ValueError(f"version {state['version']!r}, not 1")
+            names = tuple(state["sources"])
+            segments = [
+                _Segment(int(a), tuple(map(int, b)), tuple(map(int, c))) for a, b, c in state["segments"]
+            ]
+            starts = [segment.start for segment in segments]
+            if starts != sorted(set(starts)):
+                raise ValueError(f"segments start at {starts}")
+            for segment in segments:
+                if not len(names) == len(segment.counts) == len(segment.shares):
+                    raise ValueError(f"{len(names)} sources, but a segment of {len(segment.shares)}")
+                if sum(segment.counts) != segment.start or min(segment.counts) < 0:
+                    raise ValueError(f"{segment.counts} samples before position {segment.start}")
+            history = cls(dict(zip(names, segments[0].shares, strict=True)), int(state["resolution"]))
+            history._segments = segments
+            for segment in segments:
+                segment.blend(names)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(f"not a history of a blend: {type(error).__name__}: {error}") from error
+        return history
+
+    def _check(self, position: int) -> None:
+        if position < self.replay_from:
+            raise DataError(
+                f"the weights at position {position} aren't known: this state can replay from position "
+                f"{self.replay_from} on"
+            )
+
+
+# --- samples of similar length ---
+
+
+class Buckets:
+    """An order whose batches hold samples of similar length, so that little is padded.
+
+    order: the underlying order; its windows of `window_batches` batches are rearranged, each in itself.
+    lengths: (n,) int64 samples to (n,) lengths in any unit; NaN or negative for an unknown one.
+    seed: of the permutations of batches.
+
+    The samples of a window are sorted by (length, position) and cut into batches; the batches come in a keyed
+    order. Unknown lengths are together, after the longest. Within a batch the samples of rising length are dealt
+    to the rows in golden-ratio steps (the sequence p * golden mod 1, which is spread evenly over any stretch of
+    p), so that ranks, which own stretches of rows, get nearly equal sums of lengths, for any world size; the
+    batch itself doesn't depend on it. The last window of an epoch may be shorter, and what fills no whole batch
+    stays where the order has it.
+
+    The trade-off: a larger window pads less, and lets the lengths of a batch say more about its place in the window.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        batch_size: int,
+        lengths: Callable[[np.ndarray], np.ndarray],
+        window_batches: int = 32,
+        *,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("window_batches", window_batches)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        self.num_samples = order.num_samples
+        self._order = order
+        self._batch_size = batch_size
+        self._lengths = lengths
+        self._window = window_batches * batch_size
+        self._num_in_batches = order.num_samples // batch_size * batch_size
+        self._seed = seed
+        self._samples = functools.lru_cache(maxsize=3)(self._evaluate)
+
+    def at(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
+        """(n,) int64 offsets into an epoch, 0 <= offset < num_samples, to (n,) int64 sample numbers."""
+        samples = np.empty(len(offsets), np.int64)
+        windows = np.where(offsets < self._num_in_batches, offsets // self._window, -1)
+        for window in np.unique(windows).tolist():
+            here = windows == window
+            if window < 0:
+                samples[here] = self._order.at(epoch, offsets[here])
+            else:
+                samples[here] = self._samples(epoch, window)[offsets[here] - window * self._window]
+        return samples
+
+    def _evaluate(self, epoch: int, window: int) -> np.ndarray:
+        first = window * self._window
+        offsets = np.arange(first, min(first + self._window, self._num_in_batches), dtype=np.int64)
+        samples = self._order.at(epoch, offsets)
+        lengths = np.asarray(self._lengths(samples), np.float64)
+        if lengths.shape != samples.shape:
+            raise ValueError(f"lengths of {samples.shape} samples must have that shape, got {lengths.shape}")
+        lengths = np.where(lengths >= 0, lengths, np.nan)  # NaN is sorted last
+        batches = samples[np.argsort(lengths, kind="stable")].reshape(-1, self._batch_size)
+        keys = _keys(f"buckets/{self._seed}/{epoch}/{window}")
+        numbers = np.arange(len(batches), dtype=np.uint64)
+        batches = batches[np.argsort(_mix(_mix(numbers + keys[0]) + keys[1]))]
+        shares = _mix(_mix(numbers + keys[2]) + keys[3])[:, None] + _multiples(self._batch_size)
+        ranks = np.argsort(np.argsort(shares, axis=1), axis=1)
+        return np.take_along_axis(batches, ranks, axis=1).reshape(-1)
