@@ -233,6 +233,22 @@ class TestFolders:
         again, _ = _pack(tmp_path / "out", root, on_error="skip", samples_per_shard=4, keys="stem")
         assert (again.num_written, again.left_out) == (0, report.left_out)
 
+    def test_a_failed_run_goes_on_with_other_means(self, photos: Path, tmp_path: Path) -> None:
+        (photos / "part1" / "p16.jpg").write_bytes(b"")
+        with pytest.raises(DataError, match="part1/p16"):
+            _pack(tmp_path / "first", photos, samples_per_shard=30)
+        _pack(
+            tmp_path / "first", photos, samples_per_shard=15, on_error="skip"
+        )  # no shard was there: planned anew
+        with pytest.raises(DataError, match="part1/p16"):
+            _pack(tmp_path / "out", photos, samples_per_shard=15)
+        assert list(_digests(tmp_path / "out")) == ["shard-000000.tar"]
+        report, _ = _pack(tmp_path / "out", photos, samples_per_shard=15, on_error="skip")
+        assert (report.num_written, report.num_samples) == (1, 29)
+        assert _digests(tmp_path / "out") == _digests(tmp_path / "first")
+        with pytest.raises(UserError, match="written with --on-error skip"):
+            _pack(tmp_path / "out", photos, samples_per_shard=15)
+
     def test_a_shard_of_failures_alone_has_no_file(self, tmp_path: Path) -> None:
         root = tmp_path / "in"
         root.mkdir()

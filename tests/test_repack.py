@@ -1,15 +1,19 @@
 """Shards written anew: what is kept, byte for byte, and what is left out, by cause."""
 
+import functools
 import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import textwrap
+import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +196,50 @@ def test_bytes_depend_on_sources_and_options_alone(shards: Path, tmp_path: Path)
     mixed = _read(tmp_path / "a")
     assert mixed == _read(shards)
     assert list(mixed) != sorted(mixed)
+
+
+class _Ranges(SimpleHTTPRequestHandler):
+    """Answers ranges, which the standard library's server doesn't."""
+
+    def do_GET(self) -> None:
+        data = Path(self.translate_path(self.path)).read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = (int(asked[1]), min(int(asked[2]), len(data) - 1)) if asked else (0, len(data) - 1)
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", '"fixed"')
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(last + 1 - first))
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+    def do_HEAD(self) -> None:
+        path = Path(self.translate_path(self.path))
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("ETag", '"fixed"')
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_remote_shards(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # indexes of remote shards are kept below it
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for sidecar in (*shards.glob("*.index"), *shards.glob("*.manifest")):
+        sidecar.unlink()
+    handler = functools.partial(_Ranges, directory=str(shards))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/shard-{{000000..000003}}.tar"
+        options = RepackOptions(shuffle=1, samples_per_shard=5, minimum=(("jpg.width", 40),))
+        repack(tmp_path / "remote", [url], options, job_map=local_map(2), progress=False)
+        server.shutdown()
+    repack(tmp_path / "local", [str(shards)], options, job_map=local_map(1), progress=False)
+    assert _digests(tmp_path / "remote") == _digests(tmp_path / "local")
 
 
 def test_changes_are_refused_in_words(shards: Path, tmp_path: Path) -> None:

@@ -166,8 +166,13 @@ def pack(
     request = {
         name: value
         for name, value in asdict(options).items()
-        if value != PackOptions.__dataclass_fields__[name].default
+        if value != PackOptions.__dataclass_fields__[name].default and name != "on_error"
     }
+    # A run that stopped at a bad sample may go on without it: what it wrote is what it would write now.
+    if options.on_error == "fail" and any((out / name).exists() for name in (".pack", "skipped.jsonl")):
+        raise UserError(
+            f"{out} holds shards written with --on-error skip; give that again, or another folder"
+        )
     plan = {
         "tool": "pack",
         "request": json.loads(json.dumps(request)),

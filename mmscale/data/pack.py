@@ -20,7 +20,6 @@ import dataclasses
 import errno
 import fcntl
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -242,8 +241,6 @@ def shard_path(folder: str | Path, prefix: str, number: int) -> Path:
 
 def write_manifest(folder: Path) -> None:
     """Write the manifest of a folder of shards, from their indexes."""
-    if importlib.util.find_spec("mmscale.data.manifest") is None:
-        return
     from mmscale.data.manifest import open_manifest
 
     open_manifest(folder)
@@ -406,17 +403,20 @@ def run_plan(
     shards = plan["shards"]
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to write the shards to")
-    old = _load_json(out / _PLAN)
-    if old is None and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+    is_ours = not out.is_dir() or (out / _PLAN).exists()
+    if not is_ours and any(not path.name.startswith(".") for path in out.iterdir()):
         raise UserError(f"{out} holds other files; give an empty or a new folder to write the shards to")
-    if old is not None and (differences := _differences(old, plan)):
-        raise UserError(
-            f"{out} holds shards of another plan: {'; '.join(differences)}. Give another folder, or delete this "
-            "one to begin anew"
-        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
+            old = _load_json(out / _PLAN)
+            if old is not None and not any(out.glob("*.tar")) and not (out / _RECORDS).exists():
+                old = None  # a run that failed before its first shard: nothing is lost by planning anew
+            if old is not None and (differences := _differences(old, plan)):
+                raise UserError(
+                    f"{out} holds shards of another plan: {'; '.join(differences)}. Give another folder, or "
+                    "delete this one to begin anew"
+                )
             if old is None:
                 write_json(out / _PLAN, dict(plan))
             skipped = _skipped(out)
@@ -515,6 +515,7 @@ def _finish(
     causes = Counter(left_out)
     causes.update(json.loads(line)["cause"] for line in lines)
     if not counts["num_samples"]:
+        shutil.rmtree(out / _RECORDS, ignore_errors=True)
         raise DataError(f"{out}: no sample is left: {dict(causes)}")
     if lines:
         write_bytes(out / "skipped.jsonl", b"".join(lines))
