@@ -181,6 +181,21 @@ def data_check(arguments: argparse.Namespace) -> None:
         )
 
 
+def data_preview(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from mmscale.data.preview import preview
+
+    report = preview(
+        arguments.shards, arguments.out, count=arguments.count, seed=arguments.seed, query=arguments.query
+    )
+    if arguments.json:
+        print(json.dumps(asdict(report)))
+        return
+    faults = f", {report.num_faults} undecodable members among them" if report.num_faults else ""
+    print(f"{report.num_shown} of {report.num_samples:,} samples{faults}: {report.page}, {report.sheet}")
+
+
 @contextlib.contextmanager
 def _shard_progress(shards: list[str]) -> Iterator[Callable[[int], None]]:
     from mmscale.data.jobs import Progress
@@ -401,6 +416,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--quarantine", metavar="FILE", help="write the faults there, for repack and training"
     )
+    command = add(data_preview, "preview", "a page and a contact sheet of some samples", tools)
+    command.add_argument(
+        "shards", nargs="+", metavar="SHARDS", help="a folder, a tar, a brace pattern, or several"
+    )
+    command.add_argument("--out", required=True, metavar="FOLDER", help="for the page and the sheet")
+    command.add_argument("--count", type=int, default=24, metavar="N", help="samples to show; default 24")
+    command.add_argument("--seed", type=int, default=0, help="of the random draw")
+    command.add_argument("--query", metavar="KEY", help="show the samples whose key is, or holds, this")
+    command.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
     def add_writing(command: Any) -> None:
         command.add_argument(

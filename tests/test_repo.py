@@ -12,7 +12,19 @@ import pytest
 from mmscale.cli import _parser, main
 
 ROOT = Path(__file__).parent.parent
-VERBS = ["train", "launch", "eval", "predict", "recipes", "data demo", "data index", "data pack", "data repack"]
+VERBS = [
+    "train",
+    "launch",
+    "eval",
+    "predict",
+    "recipes",
+    "data demo",
+    "data index",
+    "data check",
+    "data preview",
+    "data pack",
+    "data repack",
+]
 
 # Joined here, so that this file doesn't hold what it looks for.
 PLACES = [
