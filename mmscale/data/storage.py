@@ -453,7 +453,7 @@ class _Remote:
         name = shown(url)
         start = time.monotonic()
         last_start = start + 2 * self._timeout_s
-        jitter = tenacity.wait_exponential_jitter(initial=0.1, max=5.0, jitter=0.1)
+        jitter = tenacity.wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.1)
         pause = 0.0
 
         def wait(state: tenacity.RetryCallState) -> float:
@@ -577,17 +577,17 @@ class _Remote:
                 self._stores.move_to_end(base)
                 return store, name
         timeout = timedelta(seconds=self._timeout_s)
-        options = dict(self._options)
-        client = {"timeout": timeout, "connect_timeout": timeout, **options.pop("client_options", {})}
         retry = {"max_retries": 0, "retry_timeout": timeout}
         try:
+            client: dict[str, Any] = {"timeout": timeout, "connect_timeout": timeout}
             if is_http:
-                store = _library()._store.HTTPStore(
-                    base, client_options={"allow_http": True, **client}, retry_config=retry
-                )
+                client["allow_http"] = True
+                store = _library()._store.HTTPStore(base, client_options=client, retry_config=retry)
             else:
+                config = dict(self._options)
+                client.update(_client_settings(scheme), **config.pop("client_options", {}))
                 store = _library()._store.from_url(
-                    base, config=options or None, client_options=client, retry_config=retry
+                    base, config=config or None, client_options=client, retry_config=retry
                 )
         except Exception as error:  # obstore has its own classes; the text names the setting
             reason = str(error).split("\n")[0]
@@ -677,6 +677,20 @@ class _Remote:
 
 def _scheme(url: str) -> str:
     return url.partition("://")[0].lower()
+
+
+def _client_settings(scheme: str) -> dict[str, str]:
+    """obstore's settings of connections in the environment, which it doesn't read once a time-out is given."""
+    prefix = "AWS_" if scheme.startswith("s3") else "GOOGLE_" if scheme == "gs" else "AZURE_"
+    names = (
+        "allow_http",
+        "allow_invalid_certificates",
+        "proxy_url",
+        "proxy_excludes",
+        "proxy_ca_certificate",
+    )
+    found = {name: os.environ.get(prefix + name.upper()) for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
 def _stat_of(meta: Mapping[str, Any]) -> Stat:
