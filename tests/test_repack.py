@@ -27,7 +27,7 @@ from mmscale.cli import main
 from mmscale.data.index import read_index
 from mmscale.data.jobs import local_map
 from mmscale.data.pack import PackReport, ShardWriter
-from mmscale.data.repack import RepackOptions, repack
+from mmscale.data.repack import RepackOptions, _repack_shard, repack
 from mmscale.errors import ConfigError, DataError, UserError
 
 Samples = dict[str, dict[str, bytes]]
@@ -102,13 +102,13 @@ def test_packing_and_repacking_give_the_same_shards(shards: Path, tmp_path: Path
 
 
 def test_filters_by_the_index(shards: Path, tmp_path: Path) -> None:
-    report = _repack(tmp_path / "a", shards, require=("jpg", "txt"), minimum=(("jpg.width", 40),))
-    kept = [f"s{number:02d}" for number in range(24) if number % 3 and 16 + 4 * number >= 40]
+    report = _repack(tmp_path / "a", shards, require=("jpg", "txt"), minimum=(("jpg.width", 44),))
+    kept = [f"s{number:02d}" for number in range(24) if number % 3 and 16 + 4 * number >= 44]
     assert list(_read(tmp_path / "a")) == kept
-    assert report.left_out == {"no txt": 8, "jpg.width below 40": 4}
-    report = _repack(tmp_path / "b", shards, maximum=(("wav.seconds", 1.0), ("jpg.bytes", 10_000)))
-    assert list(_read(tmp_path / "b")) == ["s00", "s04", "s08"]
-    assert report.left_out == {"no wav.seconds": 18, "wav.seconds above 1": 3}
+    assert report.left_out == {"no txt": 8, "jpg.width below 44": 4}
+    report = _repack(tmp_path / "b", shards, maximum=(("wav.seconds", 1.3), ("jpg.bytes", 10_000)))
+    assert list(_read(tmp_path / "b")) == ["s00", "s04", "s08", "s12"]
+    assert report.left_out == {"no wav.seconds": 18, "wav.seconds above 1.3": 2}
 
 
 def test_fields_and_names(shards: Path, tmp_path: Path) -> None:
@@ -255,6 +255,17 @@ def test_changes_are_refused_in_words(shards: Path, tmp_path: Path) -> None:
         writer.write("new", {"txt": b"x"})
     with pytest.raises(UserError, match="shard-000004 is new"):
         _repack(out, shards, samples_per_shard=10)
+
+
+def test_a_source_that_changes_during_the_work_is_noticed(shards: Path, tmp_path: Path) -> None:
+    index = read_index(shards / "shard-000000.tar")
+    job = (0, [(index.url, index.fingerprint, [0])])
+    (tmp_path / "out").mkdir()
+    with ShardWriter(shards) as writer:  # the plan of `job` is made; now the shard is replaced
+        writer.write("s00", {"txt": b"another"})
+    with pytest.raises(DataError, match=r"shard-000000\.tar: changed since the plan was made"):
+        _repack_shard(tmp_path / "out", RepackOptions(), None, job)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

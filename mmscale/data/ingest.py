@@ -513,7 +513,7 @@ def _split_of(path: Path) -> str | None:
 def _choose_split(splits: Sequence[str], split: str | None, root: Path) -> str:
     if split is None and len(splits) == 1:
         return splits[0]
-    if split not in splits:
+    if split is None or split not in splits:
         what = "has several splits: choose one with --split" if split is None else f"has no split {split!r}"
         raise UserError(f"--from {root}: {what}; it holds {', '.join(splits)}")
     return split
@@ -1021,14 +1021,15 @@ def _open_rows(root: Path, paths: list[Path], options: PackOptions, say: Callabl
 
 def _kinds(schema: Any, arrow: Any) -> tuple[dict[str, str], dict[str, list[str]]]:
     """The roles of the columns that hold media or classes, by their types and by what `datasets` notes of them."""
-    noted = {}
+    noted: dict[str, Any] = {}
     with contextlib.suppress(KeyError, ValueError, TypeError):
         noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     kinds: dict[str, str] = {}
     class_names: dict[str, list[str]] = {}
     for column in schema:
         note = noted.get(column.name)
-        kind = note.get("_type") if isinstance(note, dict) else None
+        note = note if isinstance(note, dict) else {}  # a list or a struct is noted otherwise
+        kind = note.get("_type")
         if kind in ("Image", "Audio", "Video"):
             kinds[column.name] = kind.lower()
         elif kind == "ClassLabel" and isinstance(note.get("names"), list):
@@ -1132,9 +1133,9 @@ class _RowReader:
                 value = _read_file(block.root, value, where, self.allow_outside)
             _add(fields, name, value, where)
         for _, column in self.columns:
-            value = row.get(column)
-            if stem is None and isinstance(value, Mapping) and isinstance(value.get("path"), str):
-                stem = _stem(value["path"], block.root)
+            cell = row.get(column)
+            if stem is None and isinstance(cell, Mapping) and isinstance(cell.get("path"), str):
+                stem = _stem(cell["path"], block.root)
         return stem or f"{Path(block.path).stem}_{where.rpartition(' ')[2]}", where, fields
 
     def _rows(self, items: list[Any]) -> Iterator[dict[str, Any]]:
@@ -1174,18 +1175,18 @@ def _resize_picture(where: str, name: str, body: bytes, size: int) -> bytes | No
 
     try:
         with Image.open(io.BytesIO(body)) as picture:
-            if min(picture.size) <= size:
+            if (
+                min(picture.size) <= size or picture.mode[0] in "IF"
+            ):  # JPEG holds no 16 bits: depth stays as it is
                 return None
             if picture.width * picture.height > MAX_PIXELS:
                 raise Fault(where, "too large", f"its {name} has {picture.width} x {picture.height} pixels")
             scale = size / min(picture.size)
             target = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            picture.draft(
-                "RGB", (2 * target[0], 2 * target[1])
-            )  # JPEG: decode at a half, a quarter, an eighth
-            profile = picture.info.get("icc_profile")
+            picture.draft("RGB", (2 * target[0], 2 * target[1]))  # JPEG: decode a half, a quarter, an eighth
+            profile = picture.info.get("icc_profile") if picture.mode in ("RGB", "RGBA", "L") else None
             orientation = picture.getexif().get(0x0112, 1)
-            small = picture
+            small: Image.Image = picture
             if picture.mode not in ("RGB", "L"):
                 small = picture.convert(
                     "RGBA" if "transparency" in picture.info or "A" in picture.mode else "RGB"

@@ -272,7 +272,7 @@ def _why_not(
             value = _value(index, number, record, column)
             if value is None:
                 return f"no {column}"
-            if fails(value, limit):
+            if fails(value, limit if column.endswith(".bytes") else float(np.float32(limit))):  # as measured
                 return f"{column} {word} {limit:g}"
     if not any(_is_kept(name, options) for name in record):
         return f"none of {', '.join(options.fields or ())}"
