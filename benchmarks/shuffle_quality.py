@@ -6,8 +6,8 @@
 
 The figures are mmscale.data.quality's: 1 is a uniform permutation's average (0 for displacement), smaller than 1 is
 more even than chance. webdataset's orders are made by its own filters on whole numbers: shards in the order of its
-`detshuffle`, their samples one after the other through its `shuffle`; with one reader, and with 16 (8 ranks of 2 workers, say)
-that have shards of their own, whose samples take turns in the batch. Data lie sorted by class
+`detshuffle`, their samples one after the other through its `shuffle`; with one reader, and with 16 (8 ranks of 2
+workers, say) that have shards of their own, whose samples take turns. Data lie sorted by class
 (class = sample * classes // samples), the hardest case for anything but a full permutation. Each order is measured in
 several epochs; the table has means, the file each epoch. These are counts, not times: they don't depend on the machine.
 """

@@ -217,7 +217,8 @@ def test_seeking_costs_milliseconds_and_a_step_microseconds() -> None:
     """Measured alone: 3 ms cold, 50 us warm; the bounds leave room for a busy machine."""
     order = WindowOrder(0, 10**9, 256)
     rng = np.random.default_rng(0)
-    cold, warm = [], []
+    cold: list[float] = []
+    warm: list[float] = []
     for _ in range(20):
         step = int(rng.integers(0, 10**9 // 256 - 20))
         for i in range(11):
@@ -323,11 +324,13 @@ def test_lengths_of_a_wrong_shape_are_refused() -> None:
 
 
 def test_quality_of_a_uniform_permutation_is_one() -> None:
-    """Standard errors at n = 40,000, from 20 seeds: below 0.02 for all but the neighbours' figures, 0.03."""
+    """Deviations measured over 20 seeds: 0.14 for classes in a stretch (9 stretches only), at most 0.016 for the
+    others; five of them are allowed, and the seed is fixed."""
     quality = shuffle_quality(np.random.default_rng(0).permutation(40_000), 64, num_classes=20)
     assert abs(quality.pop("displacement")) < 5 / 40_000**0.5
+    assert quality.pop("class_imbalance_stretch") == pytest.approx(1, abs=0.7)
     for name, value in quality.items():
-        assert value == pytest.approx(1, abs=0.15), name
+        assert value == pytest.approx(1, abs=0.08), name
 
 
 def test_quality_of_no_shuffle_is_as_documented() -> None:
