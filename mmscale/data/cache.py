@@ -21,6 +21,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,14 +39,28 @@ _AT_ONCE = 8  # blocks that one read holds in memory and reserves together
 _BUSY_S = 10.0
 _LOST_S = 600.0  # a reservation made in another container counts as left behind after this
 
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS blocks (name TEXT PRIMARY KEY, charge INTEGER, ready INTEGER, used REAL, owner TEXT, "
+    "since REAL) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS by_use ON blocks (ready, used)",
+    "CREATE TABLE IF NOT EXISTS total (one INTEGER PRIMARY KEY, charge INTEGER)",
+    "INSERT OR IGNORE INTO total VALUES (1, 0)",
+    "CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON blocks BEGIN "
+    "UPDATE total SET charge = charge + NEW.charge; END",
+    "CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON blocks BEGIN "
+    "UPDATE total SET charge = charge - OLD.charge; END",
+)
+
 # SQLite's locks must not be held while a process forks.
 _database_lock = threading.Lock()
+_all_caches: "weakref.WeakSet[BlockCache]" = weakref.WeakSet()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_database_lock.acquire,
         after_in_parent=_database_lock.release,
         after_in_child=_database_lock.release,
     )
+    os.register_at_fork(after_in_child=lambda: [cache._after_fork() for cache in list(_all_caches)])
 
 
 class BlockCache:
@@ -77,6 +92,10 @@ class BlockCache:
         self._lock = threading.Lock()
         self._used: dict[str, float] = {}  # blocks read since the index was last told
         self._verified: dict[str, tuple[int, int, int]] = {}
+        _all_caches.add(self)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may have held it
 
     def refuse_source(self, source: Path) -> None:
         """Raises ConfigError where the cache's folder is, holds, or lies in the folder `source`."""
@@ -368,10 +387,8 @@ class BlockCache:
                         "Blocks of remote files, kept by mmscale; may be deleted while nothing runs.\n"
                     )
                 with self._transaction() as database:
-                    database.execute(
-                        "CREATE TABLE IF NOT EXISTS blocks (name TEXT PRIMARY KEY, charge INTEGER, ready INTEGER, "
-                        "used REAL, owner TEXT, since REAL) WITHOUT ROWID"
-                    )
+                    for statement in _TABLES:
+                        database.execute(statement)
             except (OSError, sqlite3.Error) as error:
                 reason = getattr(error, "strerror", None) or str(error)
             else:
@@ -405,7 +422,7 @@ def _header(name: str, body: bytes) -> bytes:
 
 
 def _total(database: sqlite3.Connection) -> int:
-    return int(database.execute("SELECT COALESCE(SUM(charge), 0) FROM blocks").fetchone()[0])
+    return int(database.execute("SELECT charge FROM total").fetchone()[0])
 
 
 def _pread_all(fd: int, size: int) -> bytes:

@@ -823,7 +823,7 @@ def _copy_of(path: str) -> Any:
     data = Path(_library_path).read_bytes()
     with contextlib.ExitStack() as stack:
         if hasattr(os, "memfd_create"):
-            file = stack.enter_context(os.fdopen(os.memfd_create("obstore"), "wb"))
+            file: Any = stack.enter_context(os.fdopen(os.memfd_create("obstore"), "wb"))
             source = f"/proc/{os.getpid()}/fd/{file.fileno()}"  # a name never loaded before
         else:
             file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".so"))
