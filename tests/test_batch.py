@@ -1,12 +1,21 @@
 """Collation: contents, lengths, and well-formed tensors for whatever is absent."""
 
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mmscale.data.batch import collate_images, pad_sequences, split_rows, stack_arrays, to_device
+from mmscale.data.batch import (
+    BufferPool,
+    collate_images,
+    pad_sequences,
+    split_rows,
+    stack_arrays,
+    to_device,
+)
 
 
 def test_sequences_are_padded_and_counted() -> None:
@@ -113,3 +122,92 @@ def test_to_cuda() -> None:
     moved = to_device(batch, "cuda")
     assert moved["label"]["x"].is_cuda
     assert moved["label"]["x"].tolist() == [1, 0]
+
+
+# --- memory that is used again ---
+
+
+def anonymous_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+
+def test_pool_memory_stays_flat_over_300_batches() -> None:
+    pool = BufferPool(64 << 20)
+    pictures = [np.full((3, 224, 224), i, np.uint8) for i in range(16)]
+    held = []
+    for step in range(300):
+        batch = collate_images([None, *pictures[1:]], pool=pool)
+        assert batch["x"][:, 0, 0, 0].tolist() == list(range(16))  # and the row of zeros over what was there
+        held = [*held[-1:], batch["x"]]
+        if step == 20:
+            before, num_bytes = anonymous_mib(), pool.num_bytes
+    # Two batches are held and one is made: a fourth buffer of 2.3 MiB may still wait for its finalizer.
+    assert pool.num_bytes == num_bytes <= 4 * 2.6 * 2**20
+    assert anonymous_mib() - before < 8  # 300 batches are 700 MiB; a few MiB are the interpreter's own
+
+
+def test_pool_never_writes_over_what_is_held() -> None:
+    pool = BufferPool(64 << 20)
+    kept = []
+    for value in range(12):
+        x = pool.empty((600_000,), torch.uint8)
+        x.fill_(value)
+        # What is left of each: a slice, another type, an array, a tensor of the array, a parameter.
+        kept.append(
+            [
+                x[5:9],
+                x.view(torch.int16)[7:8].view(torch.uint8),
+                x.numpy()[3:4],
+                torch.from_numpy(x.numpy())[1:2],
+                torch.nn.Parameter(x, requires_grad=False),
+                x.untyped_storage(),
+            ][value % 6]
+        )
+        del x
+        for _ in range(3):
+            pool.empty((600_000,), torch.uint8).fill_(255)
+    for value, thing in enumerate(kept):
+        assert int(thing[0]) == value
+    before = pool.num_bytes
+    kept.clear()
+    del thing
+    # As many as there were (each rounded up to 655,360 bytes), without more memory: all came back.
+    again = [pool.empty((600_000,), torch.uint8) for _ in range(before // 655_360)]
+    assert len(again) >= 12
+    assert pool.num_bytes == before
+
+
+def test_pool_is_bounded_and_goes_on_without() -> None:
+    pool = BufferPool(4 << 20)
+    held = [pool.empty((1 << 20,), torch.uint8) for _ in range(9)]
+    assert pool.num_bytes == 4 << 20
+    del held
+    large = pool.empty((2, 1 << 20), torch.uint8)  # another size: the free ones of the old make room
+    assert pool.num_bytes <= 4 << 20
+    assert large.shape == (2, 1 << 20)
+    assert pool.empty((3,), torch.int64).shape == (3,)
+    assert pool.empty((0, 3), torch.int64).shape == (0, 3)
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        BufferPool(-1)
+
+
+def test_pooled_sequences_equal_fresh_ones() -> None:
+    pool = BufferPool()
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        rows = [None if i == 3 else rng.random((int(rng.integers(1, 900)), 80)) for i in range(8)]
+        arguments = {"max_length": 800, "dtype": torch.float32, "shape": (80,), "pad_value": -1.0}
+        found, _ = pad_sequences(rows, pool=pool, **arguments)
+        expected, _ = pad_sequences(rows, **arguments)
+        assert torch.equal(found["x"], expected["x"])
+        found["x"].fill_(7)  # what is left in the buffer must not come back
+        del found
+
+
+@pytest.mark.gpu
+def test_pinned_pool() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA or ROCm device")
+    x = BufferPool(pin=True).empty((1 << 20,), torch.uint8)
+    assert x.is_pinned()
