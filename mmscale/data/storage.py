@@ -16,6 +16,7 @@ queue to manage; callers read ahead with threads. All tries of one request toget
 """
 
 import contextlib
+import http.client
 import importlib.machinery
 import importlib.util
 import logging
@@ -460,7 +461,11 @@ class _Remote:
             nonlocal pause
             error = state.outcome.exception() if state.outcome else None
             pause = jitter(state)
-            if isinstance(error, _RetryableError) and error.overloaded:
+            if (
+                isinstance(error, _RetryableError)
+                and error.overloaded
+                and state.attempt_number <= self._retries
+            ):
                 asked = _asked_pause(url, offset, min(self._timeout_s, last_start - time.monotonic()))
                 if asked is not None:
                     pause = asked
@@ -710,7 +715,8 @@ def _get(
 
 
 def _clean(text: str, url: str) -> str:
-    return re.sub(r"\?[^\s'\"]*", "?...", text.replace(url, shown(url)))
+    text = re.sub(r"//[^/\s@]*@", "//", text.replace(url, shown(url)))
+    return re.sub(r"\?[^\s'\"]*", "?...", text)
 
 
 def _translate(url: str, error: Exception, timeout_s: float) -> NoReturn:
@@ -763,7 +769,7 @@ def _asked_pause(url: str, offset: int, limit_s: float) -> float | None:
 
     try:
         return _bounded(ask, limit_s)
-    except (OSError, ValueError):  # no answer, or no date
+    except (OSError, ValueError, http.client.HTTPException):  # no answer, or no date
         return None
 
 
