@@ -196,6 +196,22 @@ def data_preview(arguments: argparse.Namespace) -> None:
     print(f"{report.num_shown} of {report.num_samples:,} samples{faults}: {report.page}, {report.sheet}")
 
 
+def data_stats(arguments: argparse.Namespace) -> None:
+    from mmscale.data.stats import stats, to_text
+
+    with _shard_progress(arguments.shards) as on_shard:
+        numbers = stats(
+            arguments.shards,
+            out=arguments.out,
+            sample=arguments.sample,
+            seed=arguments.seed,
+            tokenizer=arguments.tokenizer,
+            run_jobs=_job_map(arguments),
+            on_shard=on_shard,
+        )
+    print(json.dumps(numbers) if arguments.json else to_text(numbers))
+
+
 @contextlib.contextmanager
 def _shard_progress(shards: list[str]) -> Iterator[Callable[[int], None]]:
     from mmscale.data.jobs import Progress
@@ -416,6 +432,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--quarantine", metavar="FILE", help="write the faults there, for repack and training"
     )
+    command = add(data_stats, "stats", "count and measure what shards hold, and find duplicates", tools)
+    add_work(command)
+    command.add_argument("--out", metavar="stats.html", help="write a page with pictures and histograms")
+    command.add_argument(
+        "--sample", type=int, metavar="N", help="read bodies of N random samples; default all"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the random draw")
+    command.add_argument("--tokenizer", metavar="FILE", help="count the tokens of texts, too")
     command = add(data_preview, "preview", "a page and a contact sheet of some samples", tools)
     command.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="a folder, a tar, a brace pattern, or several"

@@ -21,6 +21,7 @@ VERBS = [
     "data demo",
     "data index",
     "data check",
+    "data stats",
     "data preview",
     "data pack",
     "data repack",
