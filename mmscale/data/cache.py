@@ -60,7 +60,12 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=_database_lock.release,
         after_in_child=_database_lock.release,
     )
-    os.register_at_fork(after_in_child=lambda: [cache._after_fork() for cache in list(_all_caches)])
+    os.register_at_fork(after_in_child=lambda: _renew_locks())  # defined below
+
+
+def _renew_locks() -> None:
+    for cache in list(_all_caches):  # another thread of the parent may have held one
+        cache._lock = threading.Lock()
 
 
 class BlockCache:
@@ -93,9 +98,6 @@ class BlockCache:
         self._used: dict[str, float] = {}  # blocks read since the index was last told
         self._verified: dict[str, tuple[int, int, int]] = {}
         _all_caches.add(self)
-
-    def _after_fork(self) -> None:
-        self._lock = threading.Lock()  # another thread of the parent may have held it
 
     def refuse_source(self, source: Path) -> None:
         """Raises ConfigError where the cache's folder is, holds, or lies in the folder `source`."""
