@@ -83,7 +83,7 @@ def test_decimals_mean_what_they_say() -> None:
 
 
 def test_weights_beyond_the_resolution_are_rounded() -> None:
-    blend = Blend({"a": math.pi, "b": math.e, "c": 1.0}, resolution=100)
+    blend = Blend({"c": 1.0, "b": math.e, "a": math.pi}, resolution=100)
     assert blend.effective == {"a": Fraction(46, 100), "b": Fraction(40, 100), "c": Fraction(14, 100)}
 
 

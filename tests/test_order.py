@@ -313,6 +313,16 @@ def test_unknown_lengths_are_together() -> None:
     unknown = np.isnan(lengths) | (lengths < 0)
     with_unknown = unknown[made].reshape(-1, 8).sum(axis=1)
     assert sorted(with_unknown[with_unknown > 0].tolist()) == [1, 8, 8, 8, 8]
+    (mixed,) = made.reshape(-1, 8)[with_unknown == 1]
+    assert np.nanmax(np.where(unknown, np.nan, lengths)) in lengths[mixed]  # they come after the longest
+
+
+def test_buckets_never_change_and_batches_move() -> None:
+    made = [whole(bucketed(orders()[1]), epoch)[: 96 * 48] for epoch in (0, 1)]
+    means = [LENGTHS[samples].reshape(3, 32, 48).mean(axis=2) for samples in made]
+    longest = [place for each in means for place in each.argmax(axis=1).tolist()]
+    assert len(set(longest)) > 3  # of six windows; one key for all would put them in one place
+    assert digest(made) == "c949c05306ea7c10ad4c0cbe975af7df"
 
 
 def test_lengths_of_a_wrong_shape_are_refused() -> None:
