@@ -114,8 +114,8 @@ class WindowOrder:
     ahead by a phase, and finishes at the end of the epoch the window that it began in the middle.
 
     What of each stratum fills no runs (less than run_length / lane_rows steps and 1 % of the epoch; in small sets
-    up to a ninth of it, by default) comes last, permuted sample by sample. A set with fewer than `runs_per_window` runs for each lane is
-    permuted as a whole, as in FullOrder; `num_windows` is 0 then.
+    up to a ninth of it, by default) comes last, permuted sample by sample. A set with fewer than `runs_per_window`
+    runs for each lane is permuted as a whole, as in FullOrder; `num_windows` is 0 then.
 
     num_lanes is the divisor of batch_size that is nearest to max_lanes (in ratio), so batch_size itself up to
     about max_lanes; runs_per_window and run_length are adjusted to what divides: see `runs_in_window` (from
