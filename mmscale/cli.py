@@ -140,10 +140,65 @@ def data_demo(arguments: argparse.Namespace) -> None:
 
 def data_index(arguments: argparse.Namespace) -> None:
     from mmscale.data.index import build_index
-    from mmscale.data.stream import expand
+    from mmscale.data.manifest import expand
 
     for shard in expand(arguments.shards):
         print(f"{shard}: {len(build_index(shard))} samples")
+
+
+def data_order(arguments: argparse.Namespace) -> None:
+    from mmscale.data import ShardStream
+
+    options: dict[str, Any]
+    if arguments.run is not None:
+        if arguments.shards:
+            raise ConfigError("give shards or --run, not both")
+        urls, options, state = _order_of_run(Path(arguments.run))
+    else:
+        if not arguments.shards or arguments.batch_size is None:
+            raise ConfigError("give shards and --batch-size, or --run RUN")
+        urls, state = arguments.shards, None
+        options = {"batch_size": arguments.batch_size, "seed": arguments.seed, "order": arguments.order}
+        options["bucket_by"] = arguments.bucket_by
+    if arguments.step < 0 or arguments.steps < 1 or arguments.world_size < 1:
+        raise ConfigError("--step must be 0 or more, --steps and --world-size 1 or more")
+    ranks = range(arguments.world_size)
+    streams = [
+        ShardStream(urls, rank=rank, world_size=arguments.world_size, epochs=None, **options)
+        for rank in ranks
+    ]
+    if state is not None:
+        for stream in streams:
+            stream.load_state_dict(state)
+    for step in range(arguments.step, arguments.step + arguments.steps):
+        keys = [stream.keys(step) for stream in streams]
+        if arguments.json:
+            print(json.dumps({"step": step, "ranks": keys}))
+        else:
+            for rank in ranks:
+                print(f"step {step}, rank {rank}: {' '.join(keys[rank])}")
+
+
+def _order_of_run(folder: Path) -> tuple[Any, dict[str, Any], Any]:
+    """Shards, options of the stream, and its newest state (which knows of changed weights), if there is one."""
+    from mmscale import checkpoint
+    from mmscale.config import load_config
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--run {folder}: holds no config.json, so it isn't a run's folder")
+    config = load_config(folder / "config.json")
+    data = config.data
+    options: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "seed": config.run.seed,
+        "shuffle": data.shuffle,
+        "order": data.order,
+        "bucket_by": data.bucket_by,
+        "weights": data.weights or None,
+        "weight_by": data.weight_by,
+    }
+    paths = checkpoint.complete(folder / "checkpoints")
+    return data.train, options, checkpoint.verify(paths[-1]).manifest["state"]["stream"] if paths else None
 
 
 def data_check(arguments: argparse.Namespace) -> None:
@@ -409,6 +464,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=int, metavar="N", help="at most N concepts")
     command = add(data_index, "index", "write the index of shards", tools)
     command.add_argument("shards", nargs="+", metavar="SHARD")
+    command = add(data_order, "order", "print the keys of any step, for any number of ranks", tools)
+    command.add_argument("shards", nargs="*", metavar="SHARDS")
+    command.add_argument("--run", metavar="RUN", help="as this run's folder has it, instead of shards")
+    command.add_argument("--batch-size", type=int, metavar="B", help="samples in a step, over all ranks")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--order", choices=("auto", "full", "window"), default="auto")
+    command.add_argument("--bucket-by", metavar="COLUMN", help="a measured column, as wav.seconds")
+    command.add_argument("--step", type=int, default=0, metavar="N")
+    command.add_argument("--steps", type=int, default=1, metavar="M", help="how many, from step N on")
+    command.add_argument("--world-size", type=int, default=1, metavar="W")
+    command.add_argument("--json", action="store_true", help="one JSON object a step")
 
     def add_work(command: Any) -> None:
         command.add_argument(

@@ -102,8 +102,20 @@ def _check_shards(value: object) -> object:
     return value
 
 
+def _check_sources(value: object) -> object:
+    if not isinstance(value, dict):
+        return _check_shards(value)
+    for name, shards in value.items():
+        try:
+            _check_shards(shards)
+        except ValueError as error:
+            raise ValueError(f"source {name}: {error}") from None
+    return value
+
+
 DurationText = Annotated[str, BeforeValidator(check_duration)]
 Shards = Annotated[str | list[str], BeforeValidator(_check_shards)]
+Sources = Annotated[str | list[str] | dict[str, str | list[str]], BeforeValidator(_check_sources)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -175,7 +187,15 @@ class ImageAugmentConfig(Section):
     scale: Annotated[float, Field(ge=0)] = 0.0  # zoom within 1 / (1 + scale) .. 1 + scale
     rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
     flip: bool = False
+    crop: tuple[Fraction, Fraction] | None = None  # a random part of the picture, by its share of the area
     color: Fraction = 0.0  # brightness, contrast, saturation within 1 - color .. 1 + color
+
+    @field_validator("crop")
+    @classmethod
+    def _is_a_range(cls, crop: tuple[float, float] | None) -> tuple[float, float] | None:
+        if crop is not None and not 0 < crop[0] <= crop[1]:
+            raise ValueError(f"{list(crop)} must be the least and the largest share, as [0.5, 1.0]")
+        return crop
 
 
 class AudioAugmentConfig(Section):
@@ -192,18 +212,63 @@ class AugmentConfig(Section):
     audio: AudioAugmentConfig = AudioAugmentConfig()
 
 
+class StorageConfig(Section):
+    """How shards are read, remote ones above all. See `mmscale.data.storage`."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0  # for one request
+    retries: Annotated[int, Field(ge=0)] = 4
+    cache_dir: str | None = (
+        None  # of remote shards' blocks, for all ranks of a node; default: ~/.cache/mmscale
+    )
+    cache_gb: Annotated[float, Field(ge=0)] = 20.0  # at most, of remote shards only; 0 = none
+
+
 class DataConfig(Section):
-    train: Shards
+    train: Sources  # {source: shards} is a blend
     evals: dict[str, Shards] = {}
+    weights: dict[
+        str, Annotated[float, Field(ge=0)]
+    ] = {}  # of a blend's sources; default: as many as they have
+    weight_by: str | None = (
+        None  # a measured column ("txt.tokens") that the weights share out; default: samples
+    )
     batch_size: PositiveInt = 256  # samples in a step over all ranks
     fields: dict[str, FieldConfig]
     shuffle: bool = True
+    order: Literal["auto", "full", "window"] = "auto"  # window: runs of neighbours, for remote and huge sets
+    bucket_by: str | None = None  # a measured column ("wav.seconds"): batches of similar length
     augment: AugmentConfig = AugmentConfig()
     on_error: Literal["fail", "substitute"] = "fail"
-    error_budget: Fraction = 0.005
+    error_budget: Fraction = 0.005  # of all ranks' samples since the start of this process
     threads: PositiveInt = 1
     prefetch: PositiveInt = 3  # batches
+    buffer_mb: PositiveInt = 256  # that batches read ahead may hold, for each rank
     cache_mb: Annotated[int, Field(ge=0)] = 0  # decoded samples kept in memory, for each rank
+    stall_s: Annotated[float, Field(gt=0)] = 600.0  # without a batch: an error, not a hang
+    storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _blends(self) -> DataConfig:
+        problems = []
+        if not isinstance(self.train, dict):
+            if self.weights or self.weight_by:
+                problems.append("weights are for a blend: give data.train as {source: shards}")
+        else:
+            if not self.train:
+                problems.append("data.train={} names no sources")
+            missing = [name for name in self.train if self.weights and name not in self.weights]
+            unknown = [name for name in self.weights if name not in self.train]
+            if missing:
+                problems.append(f"weights lack {', '.join(missing)}")
+            for name in unknown:
+                match = difflib.get_close_matches(name, self.train, n=1)
+                hint = f"did you mean {match[0]}?" if match else f"known are {', '.join(self.train)}"
+                problems.append(f"weights: no source is called {name!r}; {hint}")
+            if self.weights and not any(self.weights.values()):
+                problems.append("weights are all 0")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class TextConfig(Section):

@@ -12,16 +12,22 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from tqdm import tqdm
 
+from mmscale.errors import DataError
 from mmscale.world import World
 
 Event = dict[str, Any]
+
+FREE_FAULTS = 3  # so many never exceed the budget, however short the run
+STALL_WARNING = 0.15  # share of the time spent waiting for data from which a warning is due
+_WARM_UP_STEPS = 10  # that a warning waits for: the first batches always come late
 
 
 class Window:
@@ -71,6 +77,113 @@ class Window:
             self._start += self._clock() - begin
 
         return resume
+
+
+class Loader(Protocol):
+    """What the trainer asks of a stream for its metrics; see `mmscale.data.ShardStream`."""
+
+    shard_faults: list[Any]
+
+    def take_faults(self) -> list[Any]: ...
+    def stats(self) -> dict[str, float]: ...
+
+
+class LoaderMeter:
+    """Counts what the loaders of all ranks do and fail at, and says what to do if they are too slow.
+
+    counts: faults by cause before this start. folder: where rank 0 writes quarantine.jsonl, one line for each
+    sample that was replaced: step, row, shard, key, field, cause, detail (step -1 and no key for shards that
+    were left out at the start). `budget` is a share of all samples
+    consumed since the start of the run.
+    """
+
+    def __init__(
+        self,
+        stream: Loader,
+        world: World,
+        folder: Path,
+        *,
+        counts: Mapping[str, int],
+        step: int,
+        budget: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.counts = Counter(counts)
+        self._stream, self._world, self._budget, self._clock = stream, world, budget, clock
+        self._new: list[dict[str, Any]] = []
+        self._path = folder / "quarantine.jsonl"
+        self._last, self._last_s = stream.stats(), clock()
+        self._first_step, self._warned = step, False
+        if world.rank == 0:
+            lines = read_json_lines(self._path)
+            kept = [line for line in lines if 0 <= line["step"] < step]  # the others come again
+            left_out = [fault.as_dict() for fault in stream.shard_faults]
+            if left_out or len(kept) < len(lines):
+                write_json_lines(self._path, [*left_out, *kept])
+
+    def num_new(self) -> int:
+        """Faults of this rank's last batch."""
+        self._new = [fault.as_dict() for fault in self._stream.take_faults()]
+        return len(self._new)
+
+    def record(self, num_new: float, samples: int) -> None:
+        """num_new: over all ranks; collective if there are any. samples: consumed by all ranks since the run's start.
+
+        Raises DataError, on every rank, if the faults exceed the budget.
+        """
+        if not num_new:
+            return
+        found = [fault for part in self._world.gather(self._new) for fault in part]
+        self.counts.update(fault["cause"] for fault in found)
+        if self._world.rank == 0:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(fault, ensure_ascii=False) + "\n" for fault in found)
+        total = self.counts.total()
+        if total > FREE_FAULTS and total > self._budget * samples:
+            causes = ", ".join(f"{count} x {cause}" for cause, count in self.counts.most_common(5))
+            raise DataError(
+                f"{total} of {samples} samples can't be used, more than the error budget of {self._budget:.3%}: "
+                f"{causes}. The last one: {found[-1]['detail']}"
+            )
+
+    def rates(self, samples: int) -> dict[str, float]:
+        """This rank's loader since the last call, as `data/...` metrics; bad_frac is of all ranks and the whole run."""
+        now, now_s = self._stream.stats(), self._clock()
+        elapsed = max(now_s - self._last_s, 1e-9)
+        rates = {
+            "data/mb_per_s": (now["bytes_read"] - self._last["bytes_read"]) / elapsed / 1e6,
+            "data/queue_depth": now["queue_depth"],
+            "data/ready_mib": now["ready_bytes"] / 2**20,
+            "data/in_flight_mib": now["bytes_in_flight"] / 2**20,
+            "data/bad_frac": self.counts.total() / max(1, samples),
+            **{f"data/bad/{cause}": float(count) for cause, count in sorted(self.counts.items())},
+        }
+        self._last, self._last_s = now, now_s
+        return rates
+
+    def warning(self, step: int, data_wait_frac: float, *, threads: int, cores: int) -> str | None:
+        """Once, and early: that the loader is the limit, and the cheapest remedy."""
+        if self._warned or step - self._first_step < _WARM_UP_STEPS or data_wait_frac < STALL_WARNING:
+            return None
+        self._warned = True
+        return f"training waits for data {data_wait_frac:.0%} of the time; " + remedy(
+            self._stream.stats(), threads=threads, cores=cores
+        )
+
+
+def remedy(stats: Mapping[str, float], *, threads: int, cores: int) -> str:
+    """The cheapest thing to do about a slow loader. cores: of the machine for each of its ranks."""
+    if stats["read_s"] > 2 * stats["decode_s"]:
+        return (
+            f"{stats['read_s'] / max(1e-9, stats['read_s'] + stats['decode_s']):.0%} of the loader's time is reading: "
+            "put the shards on a faster disk, or give remote ones a larger data.storage.cache_gb"
+        )
+    if threads < cores:
+        return f"data.threads={cores} would use the cores that are there (now {threads})"
+    return (
+        "all cores are decoding: data.cache_mb keeps decoded samples in memory if they fit, "
+        "`mmscale data repack` or `pack --resize` makes smaller pictures once, and more nodes bring more cores"
+    )
 
 
 def mean_losses(pending: Sequence[tuple[str, torch.Tensor]], world: World) -> dict[str, float]:
@@ -174,6 +287,7 @@ class ProgressBar:
             f"loss {event['loss']:.3f}",
             f"{event['samples_per_s']:.0f} samples/s",
             f"data wait {event['data_wait_frac']:.0%}",
+            *([f"bad {event['data/bad_frac']:.2%}"] if event.get("data/bad_frac") else []),
             f"ETA {'?' if event['eta_s'] is None else clock_text(event['eta_s'])}",
         ]
         if not self._stream.isatty():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from mmscale.config import AugmentConfig, Config
+from mmscale.config import AugmentConfig, Config, StorageConfig
 from mmscale.data import Batch, Field, ShardStream
 from mmscale.data.augment import image_augment, spectrogram_augment
 from mmscale.data.batch import TensorBatch, split_rows
+from mmscale.data.foreign import Pipeline, PipelineStream
+from mmscale.data.storage import Storage
 from mmscale.errors import ConfigError, DataError, UserError
 from mmscale.models import Model
 from mmscale.tasks import Task
@@ -19,7 +22,7 @@ from mmscale.world import World
 
 def _augmentation(config: AugmentConfig, modality: str) -> Callable[..., Any] | None:
     if modality == "image":
-        return partial(image_augment, **config.image.model_dump())
+        return partial(image_augment, **config.image.model_dump(exclude={"crop"}))
     if modality == "audio":
         return partial(spectrogram_augment, **config.audio.model_dump())
     return None
@@ -45,7 +48,18 @@ def collate(model: Model, batch: Batch) -> TensorBatch:
     return {name: model.modality(name).collate(batch[name]) for name in batch.names}
 
 
-def _open(shards: str | list[str], *, setting: str, **options: Any) -> ShardStream:
+def make_storage(config: StorageConfig) -> Storage:
+    """How this rank reads shards; the cache is one for all ranks of a node."""
+    folder = config.cache_dir or Path.home() / ".cache" / "mmscale" / "blocks"
+    return Storage(
+        cache_dir=Path(folder).expanduser(),
+        cache_bytes=int(config.cache_gb * 1e9),
+        timeout_s=config.timeout_s,
+        retries=config.retries,
+    )
+
+
+def _open(shards: Any, *, setting: str, **options: Any) -> ShardStream:
     """A stream over what a user named as shards: what the stream says against it, the message says of the setting."""
     try:
         return ShardStream(shards, **options)
@@ -58,28 +72,48 @@ def _open(shards: str | list[str], *, setting: str, **options: Any) -> ShardStre
 
 
 def train_stream(
-    config: Config, model: Model, world: World, *, select: Callable[[int], Collection[str]]
-) -> ShardStream:
+    config: Config,
+    model: Model,
+    world: World,
+    *,
+    select: Callable[[int], Collection[str]],
+    pipeline: Pipeline | None = None,
+) -> ShardStream | PipelineStream:
     """The endless training stream of this rank; select names the fields that a step reads."""
     data = config.data
+    common: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "seed": config.run.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "fields": make_schema(config, model, data.fields, augment=True),
+        "select": select,
+        "train": True,
+        "transform": partial(collate, model),
+        "threads": data.threads,
+        "prefetch": data.prefetch,
+        "buffer_bytes": data.buffer_mb * 2**20,
+        "stall_s": data.stall_s,
+    }
+    if pipeline is not None:
+        return PipelineStream(
+            partial(pipeline.open, world.rank, world.size), num_samples=pipeline.num_samples, **common
+        )
     return _open(
         data.train,
         setting="data.train",
-        batch_size=data.batch_size,
-        seed=config.run.seed,
-        rank=world.rank,
-        world_size=world.size,
         epochs=None,
-        fields=make_schema(config, model, data.fields, augment=True),
-        select=select,
+        weights=data.weights or None,
+        weight_by=data.weight_by,
         shuffle=data.shuffle,
+        order=data.order,
+        bucket_by=data.bucket_by,
         on_error=data.on_error,
         error_budget=data.error_budget,
-        train=True,
-        transform=partial(collate, model),
-        threads=data.threads,
-        prefetch=data.prefetch,
+        hold_to_budget=False,  # the trainer does, with all ranks' faults together
         cache_bytes=data.cache_mb * 2**20,
+        storage=make_storage(data.storage),
+        **common,
     )
 
 
@@ -103,6 +137,9 @@ def eval_stream(
         transform=partial(collate, model),
         threads=data.threads,
         prefetch=data.prefetch,
+        buffer_bytes=data.buffer_mb * 2**20,
+        stall_s=data.stall_s,
+        storage=make_storage(data.storage),
     )
 
 
@@ -130,6 +167,14 @@ def fields_of(config: Config, task: Task) -> list[str]:
     """What a step of the task reads: its fields, and labels, which tell which samples match."""
     labels = [name for name, field in config.data.fields.items() if field.modality == "label"]
     return [*task.fields, *labels]
+
+
+def check_fields(stream: ShardStream | PipelineStream, config: Config, name: str, task: Task) -> None:
+    """Raises DataError, listing what the shards hold, if no sample has all that the task reads."""
+    try:
+        stream.check_fields(fields_of(config, task))
+    except DataError as error:
+        raise DataError(f"tasks.{name} has nothing to learn from in data.train: {error}") from None
 
 
 def micro_batches(task: Task, batch: TensorBatch, num_parts: int) -> list[TensorBatch]:

@@ -32,7 +32,14 @@ FREE_TO_CHANGE = (
     "run.name:",
     "run.dir:",
     "launch.",
+    "data.train:",  # the same shards may have moved: the stream's state holds their fingerprint
+    "data.train.",
+    "data.weights.",  # a change is recorded, and holds from the resumed step on
+    "data.weight_by:",
     "data.threads:",
+    "data.buffer_mb:",
+    "data.stall_s:",
+    "data.storage.",
     "data.prefetch:",
     "data.cache_mb:",
     "data.on_error:",
@@ -184,7 +191,7 @@ def _check_same(folder: Path, config: Config) -> None:
 
 def _start_over(folder: Path, config: Config) -> None:
     """Makes the folder this config's, without what a run left that ended before its first checkpoint."""
-    for pattern in ("metrics.jsonl", "evals.jsonl", "events.out.tfevents.*"):
+    for pattern in ("metrics.jsonl", "evals.jsonl", "quarantine.jsonl", "events.out.tfevents.*"):
         for path in folder.glob(pattern):
             path.unlink()
     temporary = folder / "config.json.tmp"

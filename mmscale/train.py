@@ -7,8 +7,8 @@ with the very next sample.
 
 from __future__ import annotations
 
+import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,22 +18,37 @@ from mmscale_kernels import configs as kernel_configs
 from mmscale import checkpoint
 from mmscale.config import Config, parse_duration
 from mmscale.data.batch import to_device
+from mmscale.data.foreign import Pipeline
 from mmscale.engine import Engine
 from mmscale.errors import ConfigError, Preempted, UserError
 from mmscale.evals.evaluate import evaluate
 from mmscale.evals.report import write_report
-from mmscale.metrics import Event, Window, Writer, mean_losses, peak_memory_gib
+from mmscale.metrics import Event, LoaderMeter, Window, Writer, mean_losses, peak_memory_gib
 from mmscale.optim import learning_rate
-from mmscale.pipeline import check_world, drop_complete, eval_stream, fields_of, micro_batches, train_stream
+from mmscale.pipeline import (
+    check_fields,
+    check_world,
+    drop_complete,
+    eval_stream,
+    fields_of,
+    micro_batches,
+    train_stream,
+)
 from mmscale.runs import Run, StopRequest, open_run
 from mmscale.tasks import TASKS, model_for, schedule
 from mmscale.world import World, close_world, init_world
 
 
-def train(config: Config, on_event: Callable[[Event], None] | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    on_event: Callable[[Event], None] | None = None,
+    *,
+    pipeline: Pipeline | None = None,
+) -> dict[str, Any]:
     """Trains, evaluates before and after, and returns the report, which also lies in the run's folder.
 
-    on_event is called on rank 0 with what a terminal shows: {"event": "message" | "log" | "eval" | "save", ...}.
+    pipeline gives the training samples in place of data.train; `mmscale.data.foreign` says what is lost. on_event is
+    called on rank 0 with what a terminal shows: {"event": "message" | "log" | "eval" | "save", ...}.
     Raises ConfigError, DataError, CheckpointError and Preempted (with a checkpoint saved), on every rank the same.
     """
     world = init_world(device=config.run.device, threads=config.run.threads, timeout=config.engine.timeout)
@@ -44,7 +59,7 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> di
         run = open_run(config, world)
         run.emit = on_event if on_event is not None and world.rank == 0 else run.emit
         run.emit({"event": "start", "folder": str(run.folder.absolute())})
-        report = _train(config, world, run, stop)
+        report = _train(config, world, run, stop, pipeline)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno:  # the disk, mostly, and a full one doesn't say which
             error = UserError(f"{error.filename or (run and run.folder)}: {error.strerror}")
@@ -61,14 +76,22 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> di
         close_world()
 
 
-def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[str, Any]:
+def _train(
+    config: Config, world: World, run: Run, stop: StopRequest, pipeline: Pipeline | None
+) -> dict[str, Any]:
     tasks = {name: TASKS[name]() for name, weight in config.tasks.items() if weight > 0}
     error: Exception | None = None
     try:
         model = model_for(config)
         stream = train_stream(
-            config, model, world, select=lambda step: fields_of(config, tasks[schedule(config.tasks, step)])
+            config,
+            model,
+            world,
+            select=lambda step: fields_of(config, tasks[schedule(config.tasks, step)]),
+            pipeline=pipeline,
         )
+        for name, task in tasks.items():
+            check_fields(stream, config, name, task)
         for shards in config.data.evals.values():  # now rather than when the training is done
             eval_stream(config, model, world, shards, names=()).close()
     except Exception as caught:
@@ -106,19 +129,19 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         universal=universal,
     )
     step, before_s, skipped = 0, 0.0, 0
-    faults: Counter[str] = Counter()  # before this start, by all ranks
+    faults: dict[str, int] = {}  # before this start, by all ranks
     last_saved: int | None = None
     if found is not None:
         checkpoint.load(engine, found, universal=universal)
         state = found.manifest["state"]
-        step, before_s, skipped, faults = (
-            found.step,
-            state["seconds"],
-            state["skipped"],
-            Counter(state["faults"]),
-        )
+        step, before_s, skipped, faults = found.step, state["seconds"], state["skipped"], state["faults"]
         last_saved = step
-        stream.load_state_dict(state["stream"])
+        error = None
+        try:
+            stream.load_state_dict(state["stream"])
+        except Exception as caught:
+            error = caught
+        world.agree(error)
         run.say(f"resumed at step {step} from {found.path}")
         kernels = kernel_configs.record(world.device)
         if change := kernel_configs.changes(state.get("kernels", kernels), kernels):
@@ -131,6 +154,9 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
             f"{stream.num_samples} samples, {config.data.batch_size} a step"
         )
 
+    for text in stream.notes():
+        run.say(text)
+    meter = LoaderMeter(stream, world, run.folder, counts=faults, step=step, budget=config.data.error_budget)
     writer = Writer(run.folder, resume_step=step) if world.rank == 0 else None
 
     window = Window(before_s=before_s)
@@ -144,9 +170,6 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
             run.add_evaluation(at, name, results, writer)
         resume()
 
-    def all_faults() -> Counter[str]:
-        return sum(world.gather(stream.faults), faults)
-
     def save(at: int) -> None:
         nonlocal last_saved
         resume = window.pause()
@@ -156,7 +179,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
             "stream": stream.state_dict(),
             "seconds": window.total_s,
             "skipped": skipped,
-            "faults": all_faults(),
+            "faults": dict(meter.counts),
             "kernels": kernel_configs.record(world.device),
         }
         path = checkpoint.save(
@@ -190,12 +213,12 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         out_of_time = limit.seconds is not None and window.total_s >= limit.seconds and world.rank == 0
         save_by_clock = save_every.seconds is not None and time.monotonic() - last_save >= save_every.seconds
         save_by_clock = save_by_clock and world.rank == 0
-        sums = world.sum(
-            [error is not None, stop.requested, out_of_time, save_by_clock, rows, weight, tokens]
-        )
-        failed, stopped, ended, save_now, all_rows, all_weight, all_tokens = sums
+        flags = [error is not None, stop.requested, out_of_time, save_by_clock]
+        sums = world.sum([*flags, rows, weight, tokens, wait, meter.num_new()])
+        failed, stopped, ended, save_now, all_rows, all_weight, all_tokens, all_wait, all_faults = sums
         if failed:
             world.agree(error)
+        meter.record(all_faults, (step + 1) * config.data.batch_size)
 
         # Forward, backward, optimizer step.
         rate = learning_rate(config.optim, step, warmup_steps=warmup, total_steps=total_steps)
@@ -207,7 +230,7 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
             skipped += 1
         step += 1
         at_end = step == total_steps or bool(ended)
-        window.add(samples=config.data.batch_size, tokens=round(all_tokens), wait_s=wait)
+        window.add(samples=config.data.batch_size, tokens=round(all_tokens), wait_s=all_wait / world.size)
 
         # Log: the one place where the device is waited for.
         if pending and (step % config.train.log_every == 0 or at_end or stopped):
@@ -226,12 +249,16 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
                 "mem_gib": peak_memory_gib(world.device),
                 "mfu": None,
                 "grad_norm": engine.gradient_norm,
+                **meter.rates(step * config.data.batch_size),
                 **{f"loss/{name}": value for name, value in losses.items() if name != "all"},
             }
             if writer is not None:
                 writer.log(line)
             eta = (total_steps - step) * rates["step_s"] if total_steps is not None else None
             run.emit({"event": "log", "total_steps": total_steps, "eta_s": eta, **line})
+            cores = max(1, (os.cpu_count() or 1) // world.local_size)
+            if text := meter.warning(step, rates["data_wait_frac"], threads=config.data.threads, cores=cores):
+                run.say(text)
             checkpoint.check_finite(losses, step, config.optim.lr, run.checkpoints)
 
         # Evaluate, save, stop.
@@ -255,7 +282,8 @@ def _train(config: Config, world: World, run: Run, stop: StopRequest) -> dict[st
         "world_size": world.size,
         "device": world.device.type,
         "steps_without_usable_samples": skipped,
-        "substituted_samples": all_faults(),
+        "substituted_samples": dict(meter.counts),
+        "blend": stream.blend_report(),
         "kernels": kernel_configs.record(world.device),
         "evaluations": run.evaluations(),
         "folder": str(run.folder),

@@ -18,7 +18,18 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmscale.metrics import ProgressBar, Window, Writer, clock_text, read_json_lines
+from mmscale.data.stream import Fault
+from mmscale.errors import DataError
+from mmscale.metrics import (
+    LoaderMeter,
+    ProgressBar,
+    Window,
+    Writer,
+    clock_text,
+    read_json_lines,
+    remedy,
+)
+from mmscale.world import init_world
 
 
 class Clock:
@@ -225,3 +236,108 @@ def test_a_narrow_terminal_never_wraps() -> None:
 )
 def test_clock_text(seconds: float, text: str) -> None:
     assert clock_text(seconds) == text
+
+
+# ------------------------------------------------------------------------------------------------------ the loader
+
+
+class FakeLoader:
+    """Counts as a stream would; which faults come is the test's."""
+
+    def __init__(self) -> None:
+        self.new: list[Fault] = []
+        self.shard_faults: list[Fault] = []
+        self.numbers = {
+            "samples": 0.0,
+            "bytes_read": 0.0,
+            "wait_s": 0.0,
+            "read_s": 1.0,
+            "decode_s": 9.0,
+            "queue_depth": 2.0,
+            "ready_bytes": 2.0**20,
+            "bytes_in_flight": 0.0,
+        }
+
+    def take_faults(self) -> list[Fault]:
+        taken, self.new = self.new, []
+        return taken
+
+    def stats(self) -> dict[str, float]:
+        return dict(self.numbers)
+
+
+def fault(step: int, cause: str = "undecodable image") -> Fault:
+    return Fault(step, 3, "0.tar", f"k{step}", "image", cause, f"shard 0.tar, key k{step}: broken")
+
+
+def make_meter(
+    loader: FakeLoader, folder: Path, *, step: int = 0, counts: Any = (), budget: float = 0.1
+) -> LoaderMeter:
+    world = init_world(device="cpu", threads=1)
+    return LoaderMeter(loader, world, folder, counts=dict(counts), step=step, budget=budget, clock=Clock())
+
+
+def test_faults_are_counted_written_and_held_to_the_budget(tmp_path: Path) -> None:
+    loader = FakeLoader()
+    meter = make_meter(loader, tmp_path)
+    for step in range(3):
+        loader.new = [fault(step)]
+        meter.record(meter.num_new(), (step + 1) * 4)  # three are free, whatever the share
+    meter.record(meter.num_new(), 16)
+    lines = read_json_lines(tmp_path / "quarantine.jsonl")
+    assert [(line["step"], line["shard"], line["key"], line["cause"]) for line in lines] == [
+        (step, "0.tar", f"k{step}", "undecodable image") for step in range(3)
+    ]
+    loader.new = [fault(40, "missing text")]
+    meter.record(meter.num_new(), 40)  # 4 of 40 is the budget
+    assert meter.counts == {"undecodable image": 3, "missing text": 1}
+    loader.new = [fault(41)]
+    num_new = meter.num_new()
+    with pytest.raises(DataError, match=r"5 of 48 .* error budget of 10\.000%: 4 x undecodable.*k41: broken"):
+        meter.record(num_new, 48)
+    # A resumed run reads the steps after its checkpoint again, and finds their faults again.
+    again = make_meter(FakeLoader(), tmp_path, step=2, counts={"undecodable image": 2})
+    assert [line["step"] for line in read_json_lines(tmp_path / "quarantine.jsonl")] == [0, 1]
+    assert again.counts.total() == 2
+
+
+def test_shards_left_out_come_first_in_the_quarantine(tmp_path: Path) -> None:
+    loader = FakeLoader()
+    loader.shard_faults = [Fault(-1, -1, "9.tar", None, None, "shard missing", "no such file")]
+    for step in (0, 5):
+        make_meter(loader, tmp_path, step=step)
+        [line] = read_json_lines(tmp_path / "quarantine.jsonl")
+        assert (line["shard"], line["key"]) == ("9.tar", None)
+
+
+def test_rates_of_the_loader(tmp_path: Path) -> None:
+    loader, clock = FakeLoader(), Clock()
+    world = init_world(device="cpu", threads=1)
+    meter = LoaderMeter(loader, world, tmp_path, counts={"a": 2}, step=0, budget=1.0, clock=clock)
+    clock.now += 2.0
+    loader.numbers["bytes_read"] += 3e6
+    rates = meter.rates(samples=200)
+    assert rates == {
+        "data/mb_per_s": 1.5,
+        "data/queue_depth": 2.0,
+        "data/ready_mib": 1.0,
+        "data/in_flight_mib": 0.0,
+        "data/bad_frac": 0.01,
+        "data/bad/a": 2.0,
+    }
+    clock.now += 1.0
+    assert meter.rates(samples=200)["data/mb_per_s"] == 0
+
+
+def test_a_slow_loader_is_told_once_with_the_cheapest_remedy(tmp_path: Path) -> None:
+    loader = FakeLoader()
+    meter = make_meter(loader, tmp_path, step=100)
+    assert meter.warning(105, 0.9, threads=1, cores=4) is None  # too early
+    assert meter.warning(110, 0.1, threads=1, cores=4) is None  # not slow
+    text = meter.warning(120, 0.4, threads=1, cores=4)
+    assert text is not None
+    assert "waits for data 40% of the time" in text
+    assert "data.threads=4" in text
+    assert meter.warning(130, 0.9, threads=1, cores=4) is None  # once
+    assert "cache_mb" in remedy(loader.stats(), threads=4, cores=4)
+    assert "faster disk" in remedy({**loader.stats(), "read_s": 90.0}, threads=4, cores=4)

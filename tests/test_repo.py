@@ -22,6 +22,7 @@ VERBS = [
     "data index",
     "data check",
     "data stats",
+    "data order",
     "data preview",
     "data pack",
     "data repack",

@@ -22,7 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmscale.data import Batch, DataError, Field, ShardStream, build_index
-from mmscale.data.stream import MAX_OPEN_FILES, _Order, _Source
+from mmscale.data.fields import Source as _Source
+from mmscale.data.order import FullOrder as _Order
+from mmscale.data.shards import MAX_OPEN_FILES
 from mmscale.errors import ConfigError
 
 NUM_SHARDS, NUM_SAMPLES = 3, 50
@@ -314,9 +316,8 @@ def test_urls(shards: Path, tmp_path: Path) -> None:
         ShardStream([], batch_size=5)
     with pytest.raises(ValueError, match="more than once"):
         ShardStream([every[0], every[0]], batch_size=5)
-    for url in ("s3://bucket/0.tar", "pipe:cat 0.tar"):
-        with pytest.raises(ValueError, match="read from files"):
-            ShardStream(url, batch_size=5)
+    with pytest.raises(DataError, match="pipe:cat"):  # no command is ever run
+        ShardStream("pipe:cat 0.tar", batch_size=5)
 
 
 def test_folder_is_searched_below(tmp_path: Path) -> None:
@@ -349,7 +350,7 @@ def test_truncated_shards_are_found_at_the_start(shards: Path, tmp_path: Path) -
         ({"remainder": "keep"}, "remainder must be 'drop', 'wrap' or 'pad', got 'keep'"),
         ({"on_error": "skip"}, "on_error must be"),
         ({"error_budget": 5}, "error_budget is a share"),
-        ({"fields": {"txt": "txt"}}, r"fields\['txt'\] must be a Field, got str"),
+        ({"fields": {"txt": 3}}, r"fields\['txt'\] must be a Field, got int"),
         ({"fields": {"txt": Field("a||b", bytes)}}, r"fields\['txt'\]\.source"),
     ],
 )
@@ -618,7 +619,7 @@ def test_shard_that_changes_while_in_use(shards: Path, tmp_path: Path) -> None:
     stream = ShardStream(path, batch_size=1, shuffle=False, prefetch=1, threads=1)
     next(stream)
     os.truncate(path, 5000)
-    with pytest.raises(DataError, match=r"0\.tar, key k\d+: the shard was cut while in use"):
+    with pytest.raises(DataError, match=r"0\.tar, key k\d+: .*0\.tar is truncated: it ends at byte 5000"):
         list(stream)
     stream = ShardStream(shards / "000000.tar", batch_size=1)
     (shards / "copy").mkdir()
@@ -626,10 +627,10 @@ def test_shard_that_changes_while_in_use(shards: Path, tmp_path: Path) -> None:
     path.write_bytes((shards / "000000.tar").read_bytes())
     stream = ShardStream(path, batch_size=1)
     path.write_bytes((shards / "000001.tar").read_bytes())
-    with pytest.raises(DataError, match="changed since it was indexed"):
+    with pytest.raises(DataError, match=r"1\.tar changed: its"):
         next(stream)
     path.unlink()
-    with pytest.raises(DataError, match=r"key k\d+: can't be read: No such file"):
+    with pytest.raises(DataError, match=r"key k\d+: .*1\.tar doesn't exist"):
         next(stream)
     (shards / "copy" / "1.tar.index").unlink()
     (shards / "copy").rmdir()
@@ -689,7 +690,7 @@ def test_an_error_surfaces_at_its_batch(shards: Path) -> None:
 @pytest.mark.usefixtures("no_threads_of_other_tests")
 def test_threads_end_with_the_stream(shards: Path) -> None:
     assert not reading_threads()
-    stream = ShardStream(shards, batch_size=10, epochs=None, threads=3)
+    stream = ShardStream(shards, batch_size=10, epochs=None, threads=3, fields={"x": Field("txt", bytes)})
     next(stream)
     assert len(reading_threads()) == 3
     stream.close()

@@ -8,6 +8,7 @@ import os
 import signal
 import tarfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -21,8 +22,8 @@ from tiny_run import run_config
 
 from mmscale import checkpoint
 from mmscale.config import load_config
-from mmscale.errors import ConfigError, Preempted, UserError
-from mmscale.metrics import Event
+from mmscale.errors import ConfigError, DataError, Preempted, UserError
+from mmscale.metrics import Event, read_json_lines
 from mmscale.pipeline import check_world
 from mmscale.runs import run_folder
 from mmscale.tasks import schedule
@@ -301,6 +302,51 @@ def test_counts_of_a_run_survive_its_interruption(scene_shards: Path, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         train(cut, interrupt)
     assert train(cut)["substituted_samples"] == whole["substituted_samples"]
+    lines = read_json_lines(tmp_path / "cut" / "quarantine.jsonl")
+    assert lines == read_json_lines(tmp_path / "whole" / "quarantine.jsonl")
+    assert len(lines) == sum(whole["substituted_samples"].values())
+    assert {(line["field"], line["cause"]) for line in lines} == {("image", "undecodable image")}
+    assert {Path(line["shard"]).name for line in lines} == {"train-000000.tar"}
+    last = read_json_lines(tmp_path / "cut" / "metrics.jsonl")[-1]
+    assert last["data/bad_frac"] == pytest.approx(len(lines) / last["samples"])
+    assert last["data/bad/undecodable image"] == len(lines)
+
+
+def test_a_blend_trains_resumes_and_is_reported(scene_shards: Path, tmp_path: Path) -> None:
+    folder = scene_shards / "train"
+    changes = [
+        f'data.train={{"first": "{folder}", "second": "{scene_shards / "test-style"}"}}',
+        'data.weights={"first": 3, "second": 1}',
+        "data.evals={}",
+        "train.duration=12",
+        "train.save_every=4",
+    ]
+    config = run_config(scene_shards, f"run.dir={tmp_path / 'run'}", *changes)
+
+    def interrupt(event: Event) -> None:
+        if event["event"] == "log" and event["step"] == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt)
+    events: list[Event] = []
+    changed = config.override('data.weights={"first": 0, "second": 1}')
+    report = train(changed, events.append)
+    said = [event["text"] for event in events if event["event"] == "message"]
+    assert any("weights change at step 8: first 0.75, second 0.25 -> first 0, second 1" in t for t in said), (
+        said
+    )
+    assert {name: row["samples"] for name, row in report["blend"].items()} == {"first": 48, "second": 48}
+
+
+def test_no_sample_has_what_a_task_reads(scene_shards: Path, tmp_path: Path) -> None:
+    config = run_config(
+        scene_shards, f"run.dir={tmp_path / 'run'}", "data.evals={}", "data.fields.image.source=tiff"
+    )
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"tasks\.image_text has nothing to learn from in data\.train: .*jpg"):
+        train(config)
+    assert time.monotonic() - begin < 10
 
 
 def test_unreadable_samples_are_left_out_of_an_evaluation(scene_shards: Path, tmp_path: Path) -> None:

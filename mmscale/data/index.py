@@ -38,7 +38,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import numpy as np
@@ -77,6 +77,13 @@ _SIGNING = re.compile(
     r"|spr|sks|skt|ske|skv|skoid|sktid)$",
     re.IGNORECASE,
 )
+
+
+class SizeTag(NamedTuple):
+    """A shard's size in bytes and tag: of a local file its time of change in ns, of a remote one its etag."""
+
+    size: int
+    tag: str
 
 
 class Index:
@@ -147,6 +154,11 @@ class Index:
     @property
     def shard_mtime_ns(self) -> int:
         return int(self.tag)
+
+    @property
+    def arrays(self) -> tuple[memoryview, memoryview, memoryview, memoryview]:
+        """Each sample's first member (len + 1), and each member's offset, size, and number in `fields`."""
+        return self._starts, self._offsets, self._sizes, self._field_ids
 
     @property
     def keys(self) -> list[str]:
@@ -343,7 +355,7 @@ def is_signed(url: str) -> bool:
     return any(_SIGNING.match(name) for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True))
 
 
-def cached_sidecar_path(url: str, stat: "Stat") -> Path:
+def cached_sidecar_path(url: str, stat: "Stat | SizeTag") -> Path:
     """Where the index of a remote shard is kept: named by a hash of its URL, without a signature, and its tag."""
     parts = urlsplit(url)
     query = [item for item in parse_qsl(parts.query, keep_blank_values=True) if not _SIGNING.match(item[0])]
@@ -412,7 +424,7 @@ class IndexBuilder:
         self._sizes.append(size)
         self._field_ids.append(self._fields.setdefault(field, len(self._fields)))
 
-    def finish(self, stat: "Stat | None" = None, *, full_hash: str | None = None) -> Index:
+    def finish(self, stat: "Stat | SizeTag | None" = None, *, full_hash: str | None = None) -> Index:
         """The index; writes the sidecar, with a warning if that can't be.
 
         stat: size and tag of the complete shard, by default those of the local file.
@@ -437,7 +449,7 @@ class IndexBuilder:
             keys, starts, members = self._complete(keys, starts, members, interleaved, cut)
         if not keys:
             left = f" is whole before the cut ({cut})" if cut is not None else ""
-            raise DataError(
+            raise _EmptyError(
                 f"shard {shown(self.url)}: "
                 + (f"no sample{left}" if left else "holds no samples (no member is named KEY.FIELD)")
             )
@@ -534,7 +546,7 @@ class IndexBuilder:
                 whole = starts[number + 1] - starts[number] == len(self._fields)
             else:  # the member that was cut says whether the sample before it was at its end
                 whole = number < len(keys) - 1 or (match is not None and match[1] != key)
-            if whole and not (match is not None and match[1] == key and number == len(keys) - 1):
+            if whole:
                 kept.append(number)
         runs = [listed[starts[number] : starts[number + 1]] for number in kept]
         return (
@@ -549,8 +561,11 @@ class IndexBuilder:
         if not self._values:
             return {}, {}
         sample_of_member = np.full(len(self._offsets), -1, np.int64)
-        counts = np.diff(np.array(starts, np.int64))
-        sample_of_member[np.array(members, np.int64)] = np.repeat(np.arange(len(counts)), counts)
+        ends = np.array(starts, np.int64)
+        counts = ends[1:] - ends[:-1]
+        sample_of_member[np.array(members, np.int64)] = np.repeat(
+            np.arange(len(counts), dtype=np.int64), counts
+        )
         columns = {}
         unmeasured = {}
         for name, pairs in sorted(self._values.items()):
@@ -596,8 +611,7 @@ def make_index(
         stat = storage.stat(url)
         file = storage.open(url, stat)
         try:
-            reader = _RemoteReader(file, stat.size)
-            return _scan(url, reader, stat.tag, measurer, full_hash, salvage)
+            return _scan(url, _RemoteReader(file, stat.size), stat.tag, measurer, full_hash, salvage)
         finally:
             file.close()
     try:
@@ -606,7 +620,7 @@ def make_index(
             raise DataError(f"shard {url}: not a regular file, so it can't be read at an offset")
         fd = os.open(url, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise DataError(f"shard {url}: no such file") from None
+        raise _MissingError(f"shard {url}: no such file") from None
     except OSError as error:
         raise DataError(f"shard {url}: can't be opened: {error.strerror}") from error
     try:
@@ -622,10 +636,25 @@ def make_index(
 # --- reading the tar ---
 
 
-class _CutError(DataError):
+class _ShardError(DataError):
+    """A shard can't be used; `cause`: why, in words to count by. Set after construction, so that it pickles."""
+
+    cause = "unreadable"
+
+
+class _CutError(_ShardError):
     """The tar ends before its end. `member`: the name of the member that was cut, if its header is there."""
 
+    cause = "truncated"
     member: str | None = None
+
+
+class _EmptyError(_ShardError):
+    cause = "no samples"
+
+
+class _MissingError(_ShardError):
+    cause = "missing"
 
 
 class _Reader(Protocol):
@@ -683,7 +712,11 @@ def _scan(
     cut: _CutError | None = None
     try:
         for name, offset, size in _members(url, reader, builder):
-            builder._add(name, offset, size, lambda at, count, offset=offset: reader.read(offset + at, count))
+
+            def read(at: int, count: int, offset: int = offset) -> bytes:
+                return reader.read(offset + at, count)
+
+            builder._add(name, offset, size, read)
     except _CutError as error:
         if not salvage:
             raise
@@ -719,7 +752,7 @@ def _members(url: str, reader: _Reader, builder: IndexBuilder) -> Iterator[tuple
     while True:
         header = reader.read(position, _BLOCK)
         if not header and position == 0:
-            raise DataError(f"shard {shard}: the file is empty")
+            raise _EmptyError(f"shard {shard}: the file is empty")
         if len(header) < _BLOCK:
             if position == 0:
                 raise DataError(f"shard {shard}: not a tar: it has {shard_size} bytes, a header needs 512")
@@ -773,7 +806,7 @@ def _members(url: str, reader: _Reader, builder: IndexBuilder) -> Iterator[tuple
             long_name, extended = None, {}
         position = body + -(-size // _BLOCK) * _BLOCK
     if position == 0:
-        raise DataError(f"shard {shard}: the tar is empty")
+        raise _EmptyError(f"shard {shard}: the tar is empty")
     _check_tail(shard, reader, position)
 
 
@@ -843,7 +876,7 @@ def _pax(shard: str, body: bytes, position: int) -> dict[str, str]:
 def keep_sidecar(index: Index) -> str | None:
     """Write the sidecar; None, or why that can't be done."""
     if index.is_remote:
-        path = cached_sidecar_path(index.url, index.stat)
+        path = cached_sidecar_path(index.url, SizeTag(index.size, index.tag))
     else:
         path = sidecar_path(index.url)
     try:
@@ -916,7 +949,7 @@ def _from_bytes(url: str, data: bytes) -> tuple[Index | None, str]:
 
 
 def load_index(
-    url: str, *, stat: "Stat | None" = None, storage: "Storage | None" = None
+    url: str, *, stat: "Stat | SizeTag | None" = None, storage: "Storage | None" = None
 ) -> tuple[Index | None, str]:
     """The index from its sidecar, or None and the reason why it has to be built.
 
@@ -947,7 +980,9 @@ def load_index(
     return index, ""
 
 
-def _load_remote(url: str, stat: "Stat | None", storage: "Storage | None") -> tuple[Index | None, str]:
+def _load_remote(
+    url: str, stat: "Stat | SizeTag | None", storage: "Storage | None"
+) -> tuple[Index | None, str]:
     from mmscale.data.storage import Storage, StorageError
 
     storage = storage or Storage()

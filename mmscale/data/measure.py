@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from mmscale.errors import ConfigError
 
@@ -161,7 +161,7 @@ def _image_size(size: int, read: Read) -> tuple[float, float]:
             pass  # its header is longer, or only Pillow knows it
     file = _Body(size, read, head)
     try:
-        with Image.open(file) as image:
+        with Image.open(cast(BinaryIO, file)) as image:
             return float(image.width), float(image.height)
     except MemoryError:
         raise

@@ -31,7 +31,7 @@ from mmscale.errors import ConfigError, DataError
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: multiples of it are spread evenly
 _CHUNK = 1 << 17  # samples evaluated together
-MAX_HISTORY_BYTES = 3500  # a stream's whole state stays below 4 kB
+MAX_HISTORY_BYTES = 2048  # of a stream's state, which has to stay below 4 kB
 
 
 class Order(Protocol):
