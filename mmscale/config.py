@@ -250,6 +250,11 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _blends(self) -> DataConfig:
         problems = []
+        if self.augment.image.crop is not None and self.cache_mb:
+            problems.append(
+                f"augment.image.crop={list(self.augment.image.crop)} decodes another part each time, so nothing "
+                f"can be kept decoded: give cache_mb=0, not {self.cache_mb}"
+            )
         if not isinstance(self.train, dict):
             if self.weights or self.weight_by:
                 problems.append("weights are for a blend: give data.train as {source: shards}")

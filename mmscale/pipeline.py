@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmscale.config import AugmentConfig, Config, StorageConfig
 from mmscale.data import Batch, Field, ShardStream
 from mmscale.data.augment import image_augment, spectrogram_augment
-from mmscale.data.batch import TensorBatch, split_rows
+from mmscale.data.batch import BufferPool, TensorBatch, split_rows
+from mmscale.data.decode import decode_image_train
 from mmscale.data.foreign import Pipeline, PipelineStream
 from mmscale.data.storage import Storage
 from mmscale.errors import ConfigError, DataError, UserError
@@ -28,6 +31,18 @@ def _augmentation(config: AugmentConfig, modality: str) -> Callable[..., Any] | 
     return None
 
 
+def _random_crop(config: Config, modality: str) -> Callable[..., Any] | None:
+    """(bytes, rng) -> a picture's random part, which is all of it that is decoded."""
+    crop = config.data.augment.image.crop
+    if crop is None or modality != "image":
+        return None
+    return partial(_cropped, size=config.model.image.size, scale=crop)
+
+
+def _cropped(data: bytes, rng: np.random.Generator, *, size: int, scale: tuple[float, float]) -> np.ndarray:
+    return decode_image_train(data, size, rng, scale=scale, flip=False)  # image_augment mirrors
+
+
 def make_schema(config: Config, model: Model, names: Collection[str], *, augment: bool) -> dict[str, Field]:
     """What the stream must know of the named fields to read and decode them."""
     schema = {}
@@ -39,13 +54,19 @@ def make_schema(config: Config, model: Model, names: Collection[str], *, augment
             first=field.first,
             augment=_augmentation(config.data.augment, field.modality) if augment else None,
             required=field.required,
+            read_train=_random_crop(config, field.modality) if augment else None,
         )
     return schema
 
 
-def collate(model: Model, batch: Batch) -> TensorBatch:
+def collate(model: Model, batch: Batch, pool: BufferPool | None = None) -> TensorBatch:
     """A batch of decoded arrays as tensors on the CPU: field name -> {"x", "lengths"}."""
-    return {name: model.modality(name).collate(batch[name]) for name in batch.names}
+    return {name: model.modality(name).collate(batch[name], pool) for name in batch.names}
+
+
+def _pool(config: Config, world: World) -> BufferPool:
+    """Memory of the batches that lie ready, the one in use and the one being made, again and again."""
+    return BufferPool(4 * config.data.buffer_mb * 2**20, pin=world.device.type == "cuda")
 
 
 def make_storage(config: StorageConfig) -> Storage:
@@ -89,7 +110,7 @@ def train_stream(
         "fields": make_schema(config, model, data.fields, augment=True),
         "select": select,
         "train": True,
-        "transform": partial(collate, model),
+        "transform": partial(collate, model, pool=_pool(config, world)),
         "threads": data.threads,
         "prefetch": data.prefetch,
         "buffer_bytes": data.buffer_mb * 2**20,
@@ -134,7 +155,7 @@ def eval_stream(
         on_error=data.on_error,
         error_budget=data.error_budget,
         train=False,
-        transform=partial(collate, model),
+        transform=partial(collate, model, pool=_pool(config, world)),
         threads=data.threads,
         prefetch=data.prefetch,
         buffer_bytes=data.buffer_mb * 2**20,

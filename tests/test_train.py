@@ -402,3 +402,27 @@ def test_a_change_of_the_kernels_tables_is_recorded_and_said(
     assert report["kernels"] == {"tables": "another", "device": "cpu", "used": ANY}
     said = [event["text"] for event in events if event["event"] == "message"]
     assert any("are another now" in text for text in said), said
+
+
+def test_random_crops_are_drawn_by_seed_and_row(scene_shards: Path, tmp_path: Path) -> None:
+    def losses(name: str, *changes: str) -> list[float]:
+        folder = tmp_path / name
+        train(
+            run_config(
+                scene_shards,
+                f"run.dir={folder}",
+                "data.evals={}",
+                "train.duration=4",
+                "data.cache_mb=0",
+                'tasks={"image_text": 1.0}',
+                *changes,
+            )
+        )
+        return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl")]
+
+    plain = losses("plain")
+    cropped = losses("cropped", "data.augment.image.crop=[0.3,0.6]")
+    assert cropped != plain
+    assert losses("again", "data.augment.image.crop=[0.3,0.6]", "data.threads=3") == cropped
+    with pytest.raises(ConfigError, match=r"crop=\[0\.3, 0\.6\].*give cache_mb=0, not 8"):
+        losses("cached", "data.augment.image.crop=[0.3,0.6]", "data.cache_mb=8")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mmscale.data.ahead import Helpers
+from mmscale.data.decode import MAX_BYTES
 from mmscale.data.draw import Draw
 from mmscale.data.fields import Decoder, SampleError
 from mmscale.data.shards import SMALL, Record, Shards
@@ -335,6 +336,15 @@ class Assembler:
 
             def read(wanted: Collection[str]) -> dict[str, bytes]:
                 nonlocal num_bytes, read_s
+                for name in wanted:
+                    if record.members[name][1] > MAX_BYTES:  # before it is in memory
+                        raise SampleError.of(
+                            shards.shard_name(shard),
+                            record.key,
+                            None,
+                            f"too large {name}",
+                            f"{name} has {record.members[name][1]:,} bytes: at most {MAX_BYTES:,} are allowed",
+                        )
                 start = time.perf_counter()
                 bodies = shards.read(record, wanted)
                 num_bytes += sum(map(len, bodies.values()))

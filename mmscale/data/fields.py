@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mmscale.data.decode import decode_json
 from mmscale.errors import DataError
 
 
@@ -256,10 +257,7 @@ def _alternatives(
             found.append(bodies[member])
         else:
             if member not in parsed:
-                try:
-                    parsed[member] = json.loads(bodies[member])
-                except RecursionError:
-                    raise DataError(f"{member} is nested too deeply") from None
+                parsed[member] = decode_json(bodies[member])
             value = parsed[member]
             for part in path:
                 value = value.get(part) if isinstance(value, dict) else None

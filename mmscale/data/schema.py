@@ -180,7 +180,10 @@ def _nearest(alternatives: list[str], held: Mapping[str, int]) -> str | None:
     for alternative in alternatives:
         if near := difflib.get_close_matches(alternative, held, n=1, cutoff=0.6):
             return near[0]
-    kind = kind_of(alternatives[0])
+    try:
+        kind = kind_of(alternatives[0])
+    except ValueError:  # a field with a reader of the user's own may have any extension
+        return None
     for member in sorted(held, key=lambda name: -held[name]):
         if _KIND.get(member.rsplit(".", 1)[-1].lower()) == kind:
             return member

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmscale.config import AudioConfig, ImageConfig, TextConfig
-from mmscale.data.batch import pad_sequences, stack_arrays
+from mmscale.data.batch import BufferPool, pad_sequences, stack_arrays
 from mmscale.data.decode import decode_audio, decode_image, log_mel
 from mmscale.errors import ConfigError
 from mmscale.objectives import IGNORED
@@ -107,8 +107,10 @@ class Text(nn.Module):
     def write(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def collate(self, arrays: Sequence[np.ndarray | None]) -> Field:
-        field, _ = pad_sequences(arrays, max_length=self.max_length, pad_value=self.pad_id, dtype=torch.int64)
+    def collate(self, arrays: Sequence[np.ndarray | None], pool: BufferPool | None = None) -> Field:
+        field, _ = pad_sequences(
+            arrays, max_length=self.max_length, pad_value=self.pad_id, dtype=torch.int64, pool=pool
+        )
         return field
 
     def num_tokens(self, field: Field) -> int:
@@ -157,8 +159,8 @@ class Image(nn.Module):
         """Picture bytes to (3, size, size) uint8."""
         return decode_image(data, self.size)
 
-    def collate(self, arrays: Sequence[np.ndarray | None]) -> Field:
-        return stack_arrays(arrays, (3, self.size, self.size), torch.uint8)
+    def collate(self, arrays: Sequence[np.ndarray | None], pool: BufferPool | None = None) -> Field:
+        return stack_arrays(arrays, (3, self.size, self.size), torch.uint8, pool=pool)
 
     def num_tokens(self, field: Field) -> int:
         return int(field["lengths"].sum()) * self.num_patches
@@ -198,13 +200,14 @@ class Audio(nn.Module):
         )
         return mel[: self.config.max_frames].astype(np.float16)
 
-    def collate(self, arrays: Sequence[np.ndarray | None]) -> Field:
+    def collate(self, arrays: Sequence[np.ndarray | None], pool: BufferPool | None = None) -> Field:
         field, _ = pad_sequences(
             arrays,
             max_length=self.config.max_frames,
             multiple=self.config.stride,
             dtype=torch.float16,
             shape=(self.config.num_mels,),
+            pool=pool,
         )
         return field
 
@@ -241,8 +244,8 @@ class Label:
             digest = hashlib.blake2b(data, digest_size=8).digest()
             return np.asarray(int.from_bytes(digest, "little", signed=True), dtype=np.int64)
 
-    def collate(self, arrays: Sequence[np.ndarray | None]) -> Field:
-        return stack_arrays(arrays, (), torch.int64)
+    def collate(self, arrays: Sequence[np.ndarray | None], pool: BufferPool | None = None) -> Field:
+        return stack_arrays(arrays, (), torch.int64, pool=pool)
 
     def num_tokens(self, field: Field) -> int:
         return 0
