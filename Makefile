@@ -2,6 +2,7 @@
 # make test    installs, runs the fast tests
 # make check   lint, types and import contracts
 # make test-long   the tests marked slow or chaos
+# make peers   the environments of the projects that benchmarks/data_loading.py compares with
 # make test-triton36   the kernels' tests under the oldest triton that they work with
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ FAST := not slow and not chaos and not peers and not gpu
 LONG := (slow or chaos) and not peers and not gpu
 TRITON36 := $(VENV)/triton-3.6
 
-.PHONY: demo test test-long test-triton36 check format install clean
+.PHONY: demo test test-long test-triton36 peers check format install clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -49,6 +50,17 @@ test-triton36: $(TRITON36)/.installed
 	run tests/test_triton_attention.py & attention=$$!; \
 	run tests/test_compiled.py $(filter-out %_attention.py,$(wildcard tests/test_triton_*.py)); others=$$?; \
 	wait $$attention && exit $$others
+
+# One environment for each project that benchmarks/data_loading.py compares with: their dependencies break each other's.
+# PEERS="webdataset" makes only that one. What torch needs beside the pinned packages depends on which build it is.
+PEERS ?= webdataset energon
+
+peers: $(PEERS:%=.venv-peers/%/.installed)
+
+.venv-peers/%/.installed: benchmarks/peers/%.txt
+	@start=$$(date +%s); set -e; rm -rf $(@D); $(PYTHON) -m venv $(@D); \
+	$(@D)/bin/python -m pip install --quiet -r $<; touch $@; \
+	echo "$*: $$(du -sm $(@D) | cut -f1) MB in $$(($$(date +%s) - start)) s"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
