@@ -146,6 +146,19 @@ def data_index(arguments: argparse.Namespace) -> None:
         print(f"{shard}: {len(build_index(shard))} samples")
 
 
+def data_tokenizer(arguments: argparse.Namespace) -> None:
+    from mmscale.data.tokenizer import train_on_shards
+
+    count, size = train_on_shards(
+        arguments.shards,
+        Path(arguments.out),
+        source=arguments.source,
+        vocab_size=arguments.vocab_size,
+        limit=arguments.limit,
+    )
+    print(f"{arguments.out}: {size} ids, trained on {count} texts")
+
+
 def data_order(arguments: argparse.Namespace) -> None:
     from mmscale.data import ShardStream
 
@@ -464,6 +477,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=int, metavar="N", help="at most N concepts")
     command = add(data_index, "index", "write the index of shards", tools)
     command.add_argument("shards", nargs="+", metavar="SHARD")
+    command = add(data_tokenizer, "tokenizer", "train a tokenizer on the texts of shards", tools)
+    command.add_argument("shards", nargs="+", metavar="SHARDS")
+    command.add_argument("--out", default="tokenizer.json", metavar="FILE")
+    command.add_argument(
+        "--source",
+        default="txt|json.caption|json.captions",
+        metavar="FIELD",
+        help="where a text lies (default: %(default)s)",
+    )
+    command.add_argument("--vocab-size", type=int, default=4096, metavar="N")
+    command.add_argument("--limit", type=int, default=1_000_000, metavar="N", help="at most N texts")
     command = add(data_order, "order", "print the keys of any step, for any number of ranks", tools)
     command.add_argument("shards", nargs="*", metavar="SHARDS")
     command.add_argument("--run", metavar="RUN", help="as this run's folder has it, instead of shards")

@@ -257,7 +257,9 @@ def _train(
             eta = (total_steps - step) * rates["step_s"] if total_steps is not None else None
             run.emit({"event": "log", "total_steps": total_steps, "eta_s": eta, **line})
             cores = max(1, (os.cpu_count() or 1) // world.local_size)
-            if advice := meter.warning(step, rates["data_wait_frac"], threads=config.data.threads, cores=cores):
+            if advice := meter.warning(
+                step, rates["data_wait_frac"], threads=config.data.threads, cores=cores
+            ):
                 run.say(advice)
             checkpoint.check_finite(losses, step, config.optim.lr, run.checkpoints)
 

@@ -23,6 +23,7 @@ VERBS = [
     "data check",
     "data stats",
     "data order",
+    "data tokenizer",
     "data preview",
     "data pack",
     "data repack",
