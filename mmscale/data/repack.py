@@ -395,13 +395,19 @@ def _repack_shard(out: Path, options: RepackOptions, storage: "Storage | None", 
     write_shard(out, options.prefix, number, samples())
 
 
+@functools.cache
+def _storage() -> "Storage":
+    """One for the process: connections are kept."""
+    from mmscale.data.storage import Storage
+
+    return Storage()
+
+
 @contextlib.contextmanager
 def _reading(index: Index, storage: "Storage | None") -> Iterator[Read]:
     """read(offset, size) of a shard that is as its index says."""
     if is_remote(index.url):
-        from mmscale.data.storage import Storage
-
-        file = (storage or Storage()).open(index.url, index.stat)
+        file = (storage or _storage()).open(index.url, index.stat)
         try:
             yield file.read
         finally:
