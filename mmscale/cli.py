@@ -139,11 +139,27 @@ def data_demo(arguments: argparse.Namespace) -> None:
 
 
 def data_index(arguments: argparse.Namespace) -> None:
-    from mmscale.data.index import build_index
-    from mmscale.data.manifest import expand
+    from mmscale.data.jobs import Progress, local_map
+    from mmscale.data.manifest import expand, index_shards
 
-    for shard in expand(arguments.shards):
-        print(f"{shard}: {len(build_index(shard))} samples")
+    if arguments.tokenizer is not None and "text" not in arguments.measure:
+        arguments.measure = [*arguments.measure, "text"]
+    with Progress(len(expand(arguments.shards)), unit="shards") as progress:
+        indexed = index_shards(
+            arguments.shards,
+            measure=arguments.measure,
+            tokenizer=arguments.tokenizer,
+            full_hash=arguments.hash,
+            force=arguments.force,
+            job_map=local_map(arguments.workers),
+            on_shards=progress.set,
+        )
+    if arguments.json:
+        print(json.dumps(indexed.to_json()))
+    else:
+        print(indexed.to_text(), end="")
+    if (error := indexed.error()) is not None:
+        raise error
 
 
 def data_tokenizer(arguments: argparse.Namespace) -> None:
@@ -475,8 +491,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--source", choices=("auto", "emoji", "scenes"), default="auto")
     command.add_argument("--limit", type=int, metavar="N", help="at most N concepts")
-    command = add(data_index, "index", "write the index of shards", tools)
-    command.add_argument("shards", nargs="+", metavar="SHARD")
+    command = add(data_index, "index", "write the index of shards, and the manifest of each folder", tools)
+    command.add_argument("shards", nargs="+", metavar="SHARDS", help="folders, tars, brace patterns, URLs")
+    command.add_argument(
+        "--measure",
+        nargs="+",
+        default=[],
+        metavar="WHAT",
+        help="image, audio, text: keep pixels, seconds, characters as columns",
+    )
+    command.add_argument("--tokenizer", metavar="FILE", help="count tokens of texts with this tokenizer.json")
+    command.add_argument("--hash", action="store_true", help="keep a hash of every byte of each shard")
+    command.add_argument("--workers", type=int, metavar="N", help="processes; default: one a CPU")
+    command.add_argument("--force", action="store_true", help="make indexes anew that are there and right")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
     command = add(data_tokenizer, "tokenizer", "train a tokenizer on the texts of shards", tools)
     command.add_argument("shards", nargs="+", metavar="SHARDS")
     command.add_argument("--out", default="tokenizer.json", metavar="FILE")

@@ -38,16 +38,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import numpy as np
 
+from mmscale.data.storage import File, Stat, Storage, StorageError, is_remote, shown
 from mmscale.errors import DataError
 
 if TYPE_CHECKING:
     from mmscale.data.measure import Measurer, Read
-    from mmscale.data.storage import File, Stat, Storage
 
 logger = logging.getLogger("mmscale.data")
 
@@ -70,20 +70,12 @@ _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_EXTENDED = 1 << 20  # bytes of a PAX header or a long name; real ones have some hundred
-_REMOTE = re.compile(r"^(?!file://)[A-Za-z][A-Za-z0-9+.-]*://")
 # What presigned URLs of S3, GCS, CloudFront and Azure add: it changes with every signing and is a secret.
 _SIGNING = re.compile(
     r"^(x-amz-.*|x-goog-.*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|token|sig|s[eiprtv]"
     r"|spr|sks|skt|ske|skv|skoid|sktid)$",
     re.IGNORECASE,
 )
-
-
-class SizeTag(NamedTuple):
-    """A shard's size in bytes and tag: of a local file its time of change in ns, of a remote one its etag."""
-
-    size: int
-    tag: str
 
 
 class Index:
@@ -141,19 +133,9 @@ class Index:
         return Path(self.url)
 
     @property
-    def stat(self) -> "Stat":
+    def stat(self) -> Stat:
         """Size and tag of the shard when it was indexed: what `Storage.open` may expect."""
-        from mmscale.data.storage import Stat
-
         return Stat(self.size, self.tag)
-
-    @property
-    def shard_size(self) -> int:
-        return self.size
-
-    @property
-    def shard_mtime_ns(self) -> int:
-        return int(self.tag)
 
     @property
     def arrays(self) -> tuple[memoryview, memoryview, memoryview, memoryview]:
@@ -194,6 +176,24 @@ class Index:
         return sum(values.nbytes for values in self._arrays.values())
 
 
+def carry_over(old: Index, new: Index) -> Index:
+    """`new` with the hash, and the columns of measures, that it lacks and `old`, of the same shard, has."""
+    if (old.size, old.tag, old.fingerprint) != (new.size, new.tag, new.fingerprint):
+        return new
+    from mmscale.data.measure import measure_of
+
+    header, arrays = dict(new._header), dict(new._arrays)
+    names = [name for name in old._header["columns"] if measure_of(name) not in new.measured]
+    arrays.update((f"column {name}", old._arrays[f"column {name}"]) for name in names)
+    header["columns"] = [*header["columns"], *names]
+    header["measured"] = old.measured | new.measured
+    header["unmeasured"] = {
+        name: count for name, count in old.unmeasured.items() if name in names
+    } | new.unmeasured
+    header["full_hash"] = new.full_hash or old.full_hash
+    return Index(new.url, header, arrays)
+
+
 def sidecar_path(shard: str | Path) -> Path:
     """Where the index of a local `shard` is kept: beside it, with `.index` added to the name."""
     shard = Path(shard)
@@ -206,7 +206,7 @@ def build_index(
     measure: Collection[str] = (),
     tokenizer: str | Path | None = None,
     full_hash: bool = False,
-    storage: "Storage | None" = None,
+    storage: Storage | None = None,
     salvage: bool = False,
 ) -> Index:
     """Index a tar shard, local or remote, write the sidecar and return the index.
@@ -238,7 +238,7 @@ def build_index(
     return index
 
 
-def read_index(shard: str | Path, *, storage: "Storage | None" = None) -> Index:
+def read_index(shard: str | Path, *, storage: Storage | None = None) -> Index:
     """The index of `shard` from its sidecar, built first (saying so) if that is missing, damaged or outdated.
 
     Raises DataError like `build_index`.
@@ -246,7 +246,7 @@ def read_index(shard: str | Path, *, storage: "Storage | None" = None) -> Index:
     return read_indexes([shard], storage=storage)[0]
 
 
-def read_indexes(shards: Iterable[str | Path], *, storage: "Storage | None" = None) -> list[Index]:
+def read_indexes(shards: Iterable[str | Path], *, storage: Storage | None = None) -> list[Index]:
     """`read_index` for many shards, with one warning for all the sidecars that had to be built.
 
     Raises DataError naming *all* missing shards, before any is indexed.
@@ -290,6 +290,13 @@ class Notes:
     def __init__(self) -> None:
         self._found: dict[str, list[str]] = {}
         self._unmeasured: Counter[str] = Counter()
+        self._remote_kept = 0
+
+    def merge(self, other: "Notes") -> None:
+        for text, names in other._found.items():
+            self._found.setdefault(text, []).extend(names)
+        self._unmeasured.update(other._unmeasured)
+        self._remote_kept += other._remote_kept
 
     def add(self, index: Index, not_kept: str | None) -> None:
         """`not_kept`: why the sidecar can't be kept, if it can't."""
@@ -297,6 +304,8 @@ class Notes:
         if not_kept is not None:
             text = "can't keep the index of shard %s: it is built again at every start"
             self._found.setdefault(text, []).append(f"{name} ({not_kept})")
+        elif index.is_remote and index.fault is None:
+            self._remote_kept += 1
         if index.interleaved:
             text = (
                 "interleaved shard %s: the members of a sample don't lie together (webdataset would make several "
@@ -314,17 +323,14 @@ class Notes:
     def say(self) -> None:
         for text, names in self._found.items():
             logger.warning(text, some(names, 3))
+        if self._remote_kept:
+            logger.warning("indexes of %d remote shards are kept in %s", self._remote_kept, cache_folder())
         if self._unmeasured:
             counts = ", ".join(f"{count} x {name}" for name, count in sorted(self._unmeasured.items()))
             logger.warning("bodies that can't be measured: %s (NaN in the index)", counts)
 
 
 # --- names of shards ---
-
-
-def is_remote(url: str) -> bool:
-    """Whether `url` has a scheme, other than file://."""
-    return _REMOTE.match(url) is not None
 
 
 def local_or_remote(shard: str | Path) -> str:
@@ -334,14 +340,6 @@ def local_or_remote(shard: str | Path) -> str:
 
         return url2pathname(urlsplit(text).path)
     return text
-
-
-def shown(url: str) -> str:
-    """`url` as it may be printed: without user, password and query, which hold secrets."""
-    if not is_remote(url):
-        return url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def beside(url: str, name: str) -> str:
@@ -355,14 +353,18 @@ def is_signed(url: str) -> bool:
     return any(_SIGNING.match(name) for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True))
 
 
-def cached_sidecar_path(url: str, stat: "Stat | SizeTag") -> Path:
+def cached_sidecar_path(url: str, stat: Stat) -> Path:
     """Where the index of a remote shard is kept: named by a hash of its URL, without a signature, and its tag."""
     parts = urlsplit(url)
     query = [item for item in parse_qsl(parts.query, keep_blank_values=True) if not _SIGNING.match(item[0])]
     plain = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, urlencode(query), ""))
     name = hashlib.blake2b(f"{plain}\0{stat.size}\0{stat.tag}".encode(), digest_size=16).hexdigest()
+    return cache_folder() / f"{name}.index"
+
+
+def cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "mmscale" / "indexes" / f"{name}.index"
+    return Path(root) / "mmscale" / "indexes"
 
 
 # --- making an index ---
@@ -424,7 +426,7 @@ class IndexBuilder:
         self._sizes.append(size)
         self._field_ids.append(self._fields.setdefault(field, len(self._fields)))
 
-    def finish(self, stat: "Stat | SizeTag | None" = None, *, full_hash: str | None = None) -> Index:
+    def finish(self, stat: Stat | None = None, *, full_hash: str | None = None) -> Index:
         """The index; writes the sidecar, with a warning if that can't be.
 
         stat: size and tag of the complete shard, by default those of the local file.
@@ -600,13 +602,11 @@ def make_index(
     *,
     measurer: "Measurer | None" = None,
     full_hash: bool = False,
-    storage: "Storage | None" = None,
+    storage: Storage | None = None,
     salvage: bool = False,
 ) -> Index:
     """`build_index` without the sidecar and without a word."""
     if is_remote(url):
-        from mmscale.data.storage import Storage
-
         storage = storage or Storage()
         stat = storage.stat(url)
         file = storage.open(url, stat)
@@ -686,7 +686,7 @@ class _RemoteReader:
 
     _LARGEST, _FIRST, _LEAST, _NEAR = 8 << 20, 256 << 10, 16 << 10, 1 << 20
 
-    def __init__(self, file: "File", size: int) -> None:
+    def __init__(self, file: File, size: int) -> None:
         self._file = file
         self.size = size
         self._ahead = self._FIRST
@@ -876,7 +876,7 @@ def _pax(shard: str, body: bytes, position: int) -> dict[str, str]:
 def keep_sidecar(index: Index) -> str | None:
     """Write the sidecar; None, or why that can't be done."""
     if index.is_remote:
-        path = cached_sidecar_path(index.url, SizeTag(index.size, index.tag))
+        path = cached_sidecar_path(index.url, Stat(index.size, index.tag))
     else:
         path = sidecar_path(index.url)
     try:
@@ -949,7 +949,7 @@ def _from_bytes(url: str, data: bytes) -> tuple[Index | None, str]:
 
 
 def load_index(
-    url: str, *, stat: "Stat | SizeTag | None" = None, storage: "Storage | None" = None
+    url: str, *, stat: Stat | None = None, storage: Storage | None = None
 ) -> tuple[Index | None, str]:
     """The index from its sidecar, or None and the reason why it has to be built.
 
@@ -980,11 +980,7 @@ def load_index(
     return index, ""
 
 
-def _load_remote(
-    url: str, stat: "Stat | SizeTag | None", storage: "Storage | None"
-) -> tuple[Index | None, str]:
-    from mmscale.data.storage import Storage, StorageError
-
+def _load_remote(url: str, stat: Stat | None, storage: Storage | None) -> tuple[Index | None, str]:
     storage = storage or Storage()
     if stat is None:
         stat = storage.stat(url)

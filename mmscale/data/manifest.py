@@ -14,6 +14,7 @@ changed is found when it is first read, not before. Up to 1,000 local shards are
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ import threading
 import time
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,25 +41,26 @@ from braceexpand import braceexpand
 from mmscale.data.index import (
     Index,
     Notes,
-    SizeTag,
     beside,
+    cache_folder,
+    carry_over,
     checked_payload,
-    is_remote,
     is_signed,
     keep_sidecar,
     load_index,
     local_or_remote,
     make_index,
     missing_shards,
-    shown,
     some,
     with_checksum,
     write_whole,
 )
-from mmscale.errors import DataError
+from mmscale.data.measure import Measurer, measure_of
+from mmscale.data.storage import Stat, Storage, StorageError, is_remote, shown
+from mmscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from mmscale.data.storage import Storage
+    from mmscale.data.jobs import JobMap
 
 logger = logging.getLogger("mmscale.data")
 
@@ -69,6 +71,7 @@ _MAGIC = f"mmscale-manifest 1 {sys.byteorder}-endian\n".encode()
 _CHECKED = 1000  # up to that many local shards are compared with the manifest when it is opened
 _REMOTE_THREADS = 16
 _QUIET_S = 2.0  # work that takes longer shows a progress bar
+_FEW = 20  # up to that many shards `index` prints a line each
 _OVERHEAD = 2048  # bytes of an open index that aren't in its arrays
 
 Urls = str | Path | Sequence[str | Path]
@@ -91,7 +94,7 @@ class Manifest:
         self,
         rows: "_Rows",
         *,
-        storage: "Storage | None" = None,
+        storage: Storage | None = None,
         index_bytes: int = INDEX_BYTES,
         faults: list[tuple[str, str, str]] | None = None,
         salvaged: dict[str, Index] | None = None,
@@ -140,6 +143,14 @@ class Manifest:
     def fields(self) -> list[str]:
         return sorted({name for names in self.signatures for name in names})
 
+    @property
+    def field_counts(self) -> dict[str, int]:
+        """{field: samples that have it}, the most common first."""
+        counts: Counter[str] = Counter()
+        for names, count in self.signatures.items():
+            counts.update(dict.fromkeys(names, count))
+        return dict(counts.most_common())
+
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -179,8 +190,6 @@ class Manifest:
 
         Raises ConfigError for a name that no measure makes, DataError, naming the shard, if one wasn't measured.
         """
-        from mmscale.data.measure import measure_of
-
         measure = measure_of(name)
         shards, numbers = self.locate(samples)
         values = np.full(len(shards), np.nan, np.float32)
@@ -227,12 +236,10 @@ class Manifest:
     def _load(self, shard: int) -> Index:
         rows = self._rows
         url = rows.urls[shard]
-        expected = SizeTag(int(rows.sizes[shard]), rows.tags[shard])
+        expected = Stat(int(rows.sizes[shard]), rows.tags[shard])
         if (
             is_remote(url) and not rows.exact[shard]
         ):  # the manifest was made where the shards were local files
-            from mmscale.data.storage import Storage
-
             self._storage = self._storage or Storage()
             found = self._storage.stat(url)
             if found.size != expected.size:
@@ -264,7 +271,7 @@ class Manifest:
 def open_manifest(
     urls: Urls,
     *,
-    storage: "Storage | None" = None,
+    storage: Storage | None = None,
     on_error: Literal["fail", "substitute"] = "fail",
     index_bytes: int = INDEX_BYTES,
     fresh: bool = False,
@@ -280,7 +287,7 @@ def open_manifest(
     index_bytes: at most this much memory holds opened indexes.
     fresh: don't use a manifest that is there; read the sidecars and write it anew.
 
-    Raises ValueError for `urls` that name nothing, something twice, or with unbalanced braces, and DataError.
+    Raises ConfigError (a ValueError) for `urls` that name nothing, something twice, or with unbalanced braces, and DataError.
     """
     if on_error not in ("fail", "substitute"):
         raise ValueError(f"on_error must be 'fail' or 'substitute', got {on_error!r}")
@@ -307,11 +314,163 @@ def open_manifest(
     return manifest
 
 
-def expand(urls: Urls, *, storage: "Storage | None" = None) -> list[str]:
+def expand(urls: Urls, *, storage: Storage | None = None) -> list[str]:
     """The paths and URLs of the shards that `urls` names, in order. Raises like `open_manifest`."""
     found = [url for part in _parts(urls, storage) for url in part.urls]
     _refuse_doubles(found)
     return found
+
+
+# --- indexing on request ---
+
+
+@dataclass
+class Indexed:
+    """What `index_shards` did. `datasets`: (name, its manifest), each folder by itself, other shards together.
+
+    num_made: indexes that were made; the others were there and right. faults: (url, cause, message) of shards that
+    can't be used.
+    """
+
+    datasets: list[tuple[str, Manifest]]
+    num_made: int
+    faults: list[tuple[str, str, str]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "datasets": [
+                {
+                    "name": shown(name),
+                    "num_samples": manifest.num_samples,
+                    "num_shards": manifest.num_shards,
+                    "num_bytes": manifest.num_bytes,
+                    "fields": manifest.field_counts,
+                    "fingerprint": manifest.fingerprint,
+                }
+                for name, manifest in self.datasets
+            ],
+            "num_made": self.num_made,
+            "faults": [
+                {"shard": shown(url), "cause": cause, "detail": detail} for url, cause, detail in self.faults
+            ],
+        }
+
+    def to_text(self) -> str:
+        """A line a shard, if there are few, and a line a data set."""
+        lines = []
+        few = sum(manifest.num_shards for _, manifest in self.datasets) <= _FEW
+        for name, manifest in self.datasets:
+            counts = np.diff(manifest.starts).tolist()
+            if few:
+                lines += [f"{shown(manifest.urls(n))}: {count} samples" for n, count in enumerate(counts)]
+            if manifest.num_shards > 1 or not few:
+                fields = ", ".join(f"{field} {count:,}" for field, count in manifest.field_counts.items())
+                lines.append(
+                    f"{shown(name)}: {manifest.num_samples:,} samples in {manifest.num_shards:,} shards, "
+                    f"{manifest.num_bytes / 1e6:,.1f} MB; {fields}"
+                )
+        return "".join(f"{line}\n" for line in lines)
+
+    def error(self) -> DataError | None:
+        if not self.faults:
+            return None
+        if len(self.faults) == 1:
+            return DataError(self.faults[0][2])
+        lines = "\n".join(f"  {message}" for _, _, message in self.faults)
+        return DataError(f"{len(self.faults)} shards can't be used:\n{lines}")
+
+
+def index_shards(
+    urls: Urls,
+    *,
+    measure: Collection[str] = (),
+    tokenizer: str | Path | None = None,
+    full_hash: bool = False,
+    force: bool = False,
+    job_map: "JobMap | None" = None,
+    on_shards: Callable[[int], None] | None = None,
+) -> Indexed:
+    """Index shards in parallel and write the manifests of the folders among them; behind `mmscale data index`.
+
+    Indexes that are there and right are kept, so that a killed run goes on; `force` makes all anew. What was
+    measured before stays. A folder with a shard that can't be used gets no manifest.
+
+    job_map: where the work runs (see jobs.py), default this machine's processes. on_shards: called with the number
+    of shards that are done.
+
+    Raises ConfigError for a wrong `measure` or tokenizer, otherwise like `open_manifest`; what is wrong with single
+    shards is in the result.
+    """
+    from mmscale.data.jobs import local_map
+
+    if measure or tokenizer is not None:
+        _measurer(tuple(measure), tokenizer)  # raises here, not in each worker
+    parts = _parts(urls, None)
+    shards = [url for part in parts for url in part.urls]
+    _refuse_doubles(shards)
+    step = 1 if len(shards) <= _CHECKED else 16
+    jobs = [shards[at : at + step] for at in range(0, len(shards), step)]
+    work = functools.partial(
+        _index_some, measure=tuple(measure), tokenizer=tokenizer, full_hash=full_hash, force=force
+    )
+    notes = Notes()
+    faults: dict[str, tuple[str, str, str]] = {}
+    num_made = num_done = 0
+    for number, (made, new_notes, new_faults) in (job_map or local_map())(work, jobs):
+        num_made += made
+        num_done += len(jobs[number])
+        notes.merge(new_notes)
+        faults.update((fault[0], fault) for fault in new_faults)
+        if on_shards is not None:
+            on_shards(num_done)
+    notes.say()
+    datasets = []
+    for part in parts:
+        good = [url for url in part.urls if url not in faults]
+        if good:
+            whole = part.folder is not None and len(good) == len(part.urls)
+            name = part.folder or f"{len(good)} shards"
+            datasets.append((name, open_manifest(part.folder if whole and part.folder else good, fresh=True)))
+    return Indexed(datasets, num_made, [faults[url] for url in shards if url in faults])
+
+
+@functools.lru_cache(maxsize=4)
+def _measurer(measure: tuple[str, ...], tokenizer: str | Path | None) -> Measurer:
+    return Measurer(measure, tokenizer=tokenizer)
+
+
+@functools.lru_cache(maxsize=1)
+def _process_storage() -> Storage:
+    return Storage()
+
+
+def _index_some(
+    urls: list[str], *, measure: tuple[str, ...], tokenizer: str | Path | None, full_hash: bool, force: bool
+) -> tuple[int, Notes, list[tuple[str, str, str]]]:
+    """In a worker: (indexes made, what to say of them, shards that can't be used)."""
+    storage = _process_storage()
+    notes = Notes()
+    faults = []
+    num_made = 0
+    for url in urls:
+        try:
+            old = None if force else load_index(url, storage=storage)[0]
+            missing = list(measure)
+            if measure and old is not None:
+                missing = _measurer(measure, tokenizer).missing(old.measured)
+            if old is not None and not missing and (old.full_hash is not None or not full_hash):
+                continue
+            measurer = None
+            if missing:
+                measurer = _measurer(tuple(missing), tokenizer if "text" in missing else None)
+            index = make_index(url, measurer=measurer, full_hash=full_hash, storage=storage)
+            if old is not None:
+                index = carry_over(old, index)
+            notes.add(index, keep_sidecar(index))
+            num_made += 1
+        except DataError as error:
+            faults.append(_fault(url, error))
+    return num_made, notes, faults
 
 
 # --- what the user named ---
@@ -326,10 +485,10 @@ class _Part:
     stored: "_Rows | None" = None  # of a manifest file, or of a remote folder's manifest
 
 
-def _parts(urls: Urls, storage: "Storage | None") -> list[_Part]:
+def _parts(urls: Urls, storage: Storage | None) -> list[_Part]:
     items = [urls] if isinstance(urls, str | os.PathLike) else list(urls)
     if not items:
-        raise ValueError("urls names no shards")
+        raise ConfigError("urls names no shards")
     parts: list[_Part] = []
     for item in items:
         text = os.path.expanduser(local_or_remote(item))  # noqa: PTH111 (it may be a pattern, not yet a path)
@@ -337,7 +496,7 @@ def _parts(urls: Urls, storage: "Storage | None") -> list[_Part]:
             exists = not is_remote(text) and os.path.exists(text)  # noqa: PTH110
             names = [text] if exists else list(braceexpand(text))
         except ValueError as error:  # unbalanced braces
-            raise ValueError(f"urls: bad brace pattern {shown(text)!r}: {error}") from None
+            raise ConfigError(f"urls: bad brace pattern {shown(text)!r}: {error}") from None
         for name in names:
             part = _remote_part(name, storage) if is_remote(name) else _local_part(name)
             if part.folder is None and part.stored is None and parts and _is_plain(parts[-1]):
@@ -370,9 +529,7 @@ def _local_part(name: str) -> _Part:
     return _Part([str(path)])
 
 
-def _remote_part(url: str, storage: "Storage | None") -> _Part:
-    from mmscale.data.storage import Storage
-
+def _remote_part(url: str, storage: Storage | None) -> _Part:
     parts = urlsplit(url)
     name = parts.path.rpartition("/")[2]
     if name.endswith(".manifest"):
@@ -427,7 +584,7 @@ def list_shards(folder: str | Path) -> list[str]:
 def _refuse_doubles(urls: list[str]) -> None:
     if len(set(urls)) < len(urls):
         twice = [shown(url) for url, count in Counter(urls).items() if count > 1]
-        raise ValueError(f"urls names {len(twice)} shards more than once: {', '.join(twice[:5])}")
+        raise ConfigError(f"urls names {len(twice)} shards more than once: {', '.join(twice[:5])}")
 
 
 # --- what is known of the shards ---
@@ -499,7 +656,7 @@ def _joined(tables: list[_Rows]) -> _Rows:
     )
 
 
-def _known_rows(part: _Part, storage: "Storage | None", fresh: bool) -> tuple[_Rows, bool]:
+def _known_rows(part: _Part, storage: Storage | None, fresh: bool) -> tuple[_Rows, bool]:
     """What manifests know of the part's shards, and whether a manifest knew exactly these."""
     if fresh and part.folder is not None:
         return _Rows.unknown(part.urls), False
@@ -533,7 +690,7 @@ def _rows_of_folder(folder: str, urls: list[str]) -> tuple[_Rows, bool]:
     return _looked_up(stored, urls), False
 
 
-def _rows_of_shards(urls: list[str], storage: "Storage | None") -> _Rows:
+def _rows_of_shards(urls: list[str], storage: Storage | None) -> _Rows:
     """What the manifests of the shards' folders know of them."""
     numbers: dict[str, list[int]] = {}
     for number, url in enumerate(urls):
@@ -546,8 +703,6 @@ def _rows_of_shards(urls: list[str], storage: "Storage | None") -> _Rows:
     for folder, here in numbers.items():
         stored = None
         if is_remote(folder):
-            from mmscale.data.storage import Storage
-
             stored = _remote_manifest(f"{folder}/{MANIFEST_NAME}", storage or Storage())
         elif folder:
             stored = _local_manifest(_place(folder), folder)
@@ -590,7 +745,7 @@ class _Filled:
     unkept: bool  # a sidecar couldn't be written
 
 
-def _fill(rows: _Rows, storage: "Storage | None", on_error: str) -> _Filled:
+def _fill(rows: _Rows, storage: Storage | None, on_error: str) -> _Filled:
     """Learn from sidecars and shards what isn't known; leave out, or refuse, shards that can't be used."""
     unknown = np.flatnonzero(rows.num_samples < 0).tolist()
     if not unknown:
@@ -716,8 +871,7 @@ def _place(folder: str) -> Path:
     if not is_remote(folder):
         return Path(folder) / MANIFEST_NAME
     name = hashlib.blake2b(folder.encode(), digest_size=16).hexdigest()
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "mmscale" / "indexes" / f"{name}.manifest"
+    return cache_folder() / f"{name}.manifest"
 
 
 def _keep(manifest: Manifest, folder: str, *, quiet: bool) -> None:
@@ -749,9 +903,7 @@ def _local_manifest(place: Path, folder: str) -> _Rows | None:
     return rows
 
 
-def _remote_manifest(url: str, storage: "Storage") -> _Rows | None:
-    from mmscale.data.storage import StorageError
-
+def _remote_manifest(url: str, storage: Storage) -> _Rows | None:
     if is_signed(url):
         return None
     try:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -77,6 +77,15 @@ class Measurer:
         if tokenizer is not None:
             self._tokenizer, digest = _load_tokenizer(Path(tokenizer))
             self.versions["text"] = f"1 {digest}"
+
+    def missing(self, measured: Mapping[str, str]) -> list[str]:
+        """Those of the names that an index with `Index.measured` lacks; tokens need the same tokenizer."""
+        return [
+            name
+            for name, version in self.versions.items()
+            if measured.get(name) != version
+            and not (version == "1" and measured.get(name, "").startswith("1 "))
+        ]
 
     def measure(self, field: str, size: int, read: Read) -> dict[str, float]:
         """{"width": 640.0, "height": 480.0} and the like; NaN what can't be measured; {} if it isn't to be.
