@@ -46,6 +46,7 @@ PEERS = ROOT / "benchmarks" / "peers"
 RESULTS = ROOT / "benchmarks" / "results" / "data_loading.json"
 PICTURE = ROOT / "docs" / "images" / "data_loading.png"
 BATCH, SIZE = 64, 224
+ENVIRONMENTS = ROOT / ".venv-peers"  # what `make peers` makes
 NUM_SHARDS = 8
 MEASURES = ("samples_per_cpu_s", "samples_per_s", "peak_rss_mib", "peak_pss_mib", "first_batch_s")
 
@@ -65,8 +66,8 @@ class Data:
 
 DATA = {
     "text": Data(None, 32_768, 0),
-    "256px": Data((256, 256), 16_384, 2_048, noise=12.0),
-    "vga": Data((640, 480), 8_192, 1_024, noise=7.0),
+    "256px": Data((256, 256), 16_384, 2_048, noise=20.0),
+    "vga": Data((640, 480), 8_192, 1_024, noise=10.0),
 }
 
 
@@ -106,7 +107,7 @@ def python_of(environment: str) -> Path | None:
     """The interpreter of a contender's environment, or None if `make peers` hasn't made it."""
     if environment == "mmscale":
         return Path(sys.executable)
-    path = ROOT / ".venv-peers" / environment / "bin" / "python"
+    path = ENVIRONMENTS / environment / "bin" / "python"
     return path if path.exists() and (path.parent.parent / ".installed").exists() else None
 
 
@@ -137,7 +138,20 @@ def make_shards(folder: Path, data: Data, num_samples: int, distinct: int = 256)
     from mmscale.data.pack import ShardWriter
 
     rng = np.random.default_rng(0)
-    words = "red green small large old round quiet bright cat tree house river bird cup road star".split()
+    words = [
+        "red",
+        "green",
+        "small",
+        "large",
+        "old",
+        "round",
+        "cat",
+        "tree",
+        "house",
+        "river",
+        "bird",
+        "star",
+    ]
     bodies = (
         [make_picture(rng, data.pixels, data.noise) for _ in range(min(distinct, num_samples))]
         if data.pixels
@@ -302,7 +316,8 @@ def table(found: dict[str, Any]) -> str:
     """The Markdown table of one case."""
     lines = [
         f"\n{found['case']}\n",
-        "| contender | samples per CPU s | samples per s | peak RSS, MiB | peak PSS, MiB | first batch, s | mmscale's samples per CPU s over it |",
+        "| contender | samples per CPU s | samples per s | peak RSS, MiB | peak PSS, MiB | first batch, s "
+        "| mmscale's samples per CPU s over it |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in found["contenders"].items():

@@ -310,9 +310,20 @@ def _job_map(arguments: argparse.Namespace) -> Any:
         from mmscale.data.jobs import local_map
 
         return local_map(arguments.workers)
+    # Ray writes to stdout, among our results, that it tries again; what it can't mend is an error here.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     from mmscale_launcher.tools import ray_map
 
     return ray_map(arguments.address)
+
+
+def data_bench(arguments: argparse.Namespace) -> None:
+    from mmscale.data.bench import bench
+
+    report = bench(
+        arguments.shards, fields=arguments.fields, threads=arguments.threads, seconds=arguments.seconds
+    )
+    print(json.dumps(report.as_dict()) if arguments.json else report.to_text())
 
 
 def data_pack(arguments: argparse.Namespace) -> None:
@@ -581,6 +592,15 @@ def _parser() -> argparse.ArgumentParser:
             "--address", help="of a Ray cluster that does the work: auto, HOST:PORT or ray://"
         )
         command.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    command = add(data_bench, "bench", "measure how fast shards are read here, and say what limits it", tools)
+    command.add_argument("shards", nargs="+", metavar="SHARDS")
+    command.add_argument(
+        "--fields", metavar="SCHEMA", help='as "image: jpg|png, text: txt"; default: all known kinds'
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="default: one a core")
+    command.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of each of the two passes")
+    command.add_argument("--json", action="store_true")
 
     command = add(data_pack, "pack", "write shards of files, tables or Hugging Face data sets", tools)
     command.add_argument("out", metavar="OUT", help="the folder to make; a killed run goes on there")

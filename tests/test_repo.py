@@ -22,6 +22,7 @@ VERBS = [
     "data index",
     "data check",
     "data stats",
+    "data bench",
     "data order",
     "data tokenizer",
     "data preview",

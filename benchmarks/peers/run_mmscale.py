@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from common import main
+
 from mmscale.data import Batch, Field, ShardStream
 from mmscale.data.batch import collate_images
 from mmscale.data.decode import decode_image
