@@ -749,3 +749,26 @@ def test_rows_are_shared_by_the_threads(shards: Path) -> None:
     assert len(next(stream)) == 11
     barrier.abort()  # whatever is read ahead
     stream.close()
+
+
+def test_torch_runs_in_one_thread_where_samples_are_read_and_only_there(shards: Path) -> None:
+    script = f"""
+import threading, torch
+from mmscale.data import Field, ShardStream
+torch.set_num_threads(3)
+seen, after = [], []
+def read(data):
+    seen.append(torch.get_num_threads())
+    return data
+stream = ShardStream({str(shards)!r}, batch_size=10, fields={{"x": Field("txt", read)}}, threads=3,
+                     transform=lambda batch: seen.append(torch.get_num_threads()))
+next(stream)
+thread = threading.Thread(target=lambda: after.append(torch.get_num_threads()))
+thread.start()
+thread.join()
+print(set(seen), torch.get_num_threads(), after)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.split() == ["{1}", "3", "[3]"]
