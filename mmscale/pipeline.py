@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmscale.config import AugmentConfig, Config, StorageConfig
 from mmscale.data import Batch, Field, ShardStream
@@ -39,8 +40,15 @@ def _random_crop(config: Config, modality: str) -> Callable[..., Any] | None:
     return partial(_cropped, size=config.model.image.size, scale=crop)
 
 
-def _cropped(data: bytes, rng: np.random.Generator, *, size: int, scale: tuple[float, float]) -> np.ndarray:
-    return decode_image_train(data, size, rng, scale=scale, flip=False)  # image_augment mirrors
+def _cropped(
+    data: bytes,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    scale: tuple[float, float],
+    out: torch.Tensor | None = None,
+) -> np.ndarray:
+    return decode_image_train(data, size, rng, scale=scale, flip=False, out=out)  # image_augment mirrors
 
 
 def make_schema(config: Config, model: Model, names: Collection[str], *, augment: bool) -> dict[str, Field]:
@@ -55,13 +63,26 @@ def make_schema(config: Config, model: Model, names: Collection[str], *, augment
             augment=_augmentation(config.data.augment, field.modality) if augment else None,
             required=field.required,
             read_train=_random_crop(config, field.modality) if augment else None,
+            shape=(3, config.model.image.size, config.model.image.size)
+            if field.modality == "image"
+            else None,
         )
     return schema
 
 
 def collate(model: Model, batch: Batch, pool: BufferPool | None = None) -> TensorBatch:
     """A batch of decoded arrays as tensors on the CPU: field name -> {"x", "lengths"}."""
-    return {name: model.modality(name).collate(batch[name], pool) for name in batch.names}
+    return {
+        name: _present(batch.stacked[name], batch[name])
+        if name in batch.stacked
+        else model.modality(name).collate(batch[name], pool)
+        for name in batch.names
+    }
+
+
+def _present(stacked: torch.Tensor, values: list[Any]) -> dict[str, torch.Tensor]:
+    present = torch.tensor([value is not None for value in values], dtype=torch.int32)
+    return {"x": stacked, "lengths": present}
 
 
 def _pool(config: Config, world: World) -> BufferPool:
@@ -102,6 +123,7 @@ def train_stream(
 ) -> ShardStream | PipelineStream:
     """The endless training stream of this rank; select names the fields that a step reads."""
     data = config.data
+    pool = _pool(config, world)
     common: dict[str, Any] = {
         "batch_size": data.batch_size,
         "seed": config.run.seed,
@@ -110,7 +132,7 @@ def train_stream(
         "fields": make_schema(config, model, data.fields, augment=True),
         "select": select,
         "train": True,
-        "transform": partial(collate, model, pool=_pool(config, world)),
+        "transform": partial(collate, model, pool=pool),
         "threads": data.threads,
         "prefetch": data.prefetch,
         "buffer_bytes": data.buffer_mb * 2**20,
@@ -134,6 +156,7 @@ def train_stream(
         hold_to_budget=False,  # the trainer does, with all ranks' faults together
         cache_bytes=data.cache_mb * 2**20,
         storage=make_storage(data.storage),
+        pool=pool,
         **common,
     )
 

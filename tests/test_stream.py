@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -772,3 +773,53 @@ print(set(seen), torch.get_num_threads(), after)
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
     assert result.stdout.split() == ["{1}", "3", "[3]"]
+
+
+def test_fields_of_one_shape_are_rows_of_one_tensor(shards: Path) -> None:
+    """Read in place, augmented, kept in the cache, absent, substituted: always the same rows."""
+
+    def read(data: bytes, out: Any = None) -> np.ndarray:
+        value = np.frombuffer(data, np.uint8)[:4]
+        if out is None:
+            return value.copy()
+        out.copy_(torch.from_numpy(value.copy()))
+        if data[0] == 13:
+            raise DataError("bad, and its row is written already")
+        return out.numpy()
+
+    def brighter(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return value + np.uint8(100)
+
+    def stacks(**arguments: Any) -> list[Batch]:
+        spec = Field("bin", read, shape=(4,), **arguments.pop("spec", {}))
+        stream = ShardStream(
+            shards, **{"batch_size": 10, "fields": {"x": spec}, "error_budget": 1.0, **arguments}
+        )
+        return list(stream)
+
+    numbers = [int(key[-3:]) for batch in stacks(on_error="substitute") for key in batch.sample_keys]
+    assert 13 not in numbers
+    for options, add in (({}, 0), ({"spec": {"augment": brighter}}, 100)):
+        batches = stacks(on_error="substitute", **options)
+        whole = torch.cat([batch.stacked["x"] for batch in batches])
+        assert whole.dtype == torch.uint8
+        assert whole[:, 0].tolist() == [number + add for number in numbers]
+        for batch in batches:
+            assert all(batch["x"][row].ctypes.data == batch.stacked["x"][row].data_ptr() for row in range(10))
+    kept = torch.cat(
+        [b.stacked["x"] for b in stacks(epochs=2, cache_bytes=10**6, spec={"augment": brighter})]
+    )
+    plain = [int(k[-3:]) for b in stacks(epochs=2, cache_bytes=10**6) for k in b.sample_keys]
+    assert kept[:, 0].tolist() == [number + 100 for number in plain]
+    absent = Field("png", read, shape=(4,), required=False)
+    (batch,) = ShardStream(shards, batch_size=50, fields={"x": absent})
+    assert batch["x"] == [None] * 50
+    assert not batch.stacked["x"].any()
+    with pytest.raises(DataError, match=r"field x: its reader gave \(100,\) uint8, not \(4,\) uint8"):
+        next(
+            ShardStream(
+                shards,
+                batch_size=5,
+                fields={"x": Field("bin", lambda data, out: np.frombuffer(data, np.uint8), shape=(4,))},
+            )
+        )

@@ -10,13 +10,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from mmscale.data.ahead import Helpers
+from mmscale.data.batch import BufferPool
 from mmscale.data.decode import MAX_BYTES
 from mmscale.data.draw import Draw
 from mmscale.data.fields import Decoder, SampleError
@@ -40,7 +41,7 @@ class Batch:
     and, with train=False, for those whose sample can't be read and has another in its place.
     `position` is the number of samples that all ranks have consumed, since the start, when this batch is done
     (without such fillers). `tensors` is what the stream's `transform` made of the batch. `sources` names the
-    source of each row, in a blend.
+    source of each row, in a blend. `stacked` has the fields of one shape as one tensor each, (rows, *shape) uint8.
     """
 
     sample_keys: list[str]
@@ -51,6 +52,7 @@ class Batch:
     valid: np.ndarray
     tensors: Any = None
     sources: list[str] | None = None
+    stacked: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sample_keys)
@@ -102,7 +104,9 @@ class Assembler:
         substitute: bool,
         train: bool,
         transform: Callable[[Batch], Any] | None,
+        pool: BufferPool,
     ) -> None:
+        self._pool = pool
         self.datasets = datasets
         self.draw = draw
         self.batch_size = batch_size
@@ -186,8 +190,11 @@ class Assembler:
         names = self._names(step)
         first_slot = step * self.batch_size + self._rows.start
 
+        stacked = self._stacks(names, len(places))
+
         def read_row(row: int) -> _Row:
-            return self._read_row(places[row], first_slot + row, names)
+            rows = {name: stack[row] for name, stack in stacked.items()}
+            return self._read_row(places[row], first_slot + row, names, rows)
 
         batch = Batch(
             sample_keys=[""] * len(places),
@@ -197,6 +204,7 @@ class Assembler:
             position=self.position(step + 1),
             valid=valid,
             sources=[self.datasets[source].name for source in sources.tolist()] if self.draw.blend else None,
+            stacked=stacked,
         )
         if self.is_plain:
             num_bytes, rest = self._read_plain(places, batch)
@@ -219,6 +227,16 @@ class Assembler:
             batch.tensors = self._transform(batch)
         held = num_bytes if self.decoder is None else held_bytes(batch.columns)
         return (batch, errors), held + held_bytes(batch.tensors)
+
+    def _stacks(self, names: list[str], num_rows: int) -> dict[str, torch.Tensor]:
+        if self.decoder is None:
+            return {}
+        shapes = {name: self.decoder.sources[name].spec.shape for name in names}
+        return {
+            name: self._pool.empty((num_rows, *shape), torch.uint8)
+            for name, shape in shapes.items()
+            if shape is not None
+        }
 
     def _read_plain(self, places: list[tuple[Shards, int, int]], batch: Batch) -> tuple[int, list[int]]:
         """Fill in all members of local samples as raw bytes; returns how many, and the rows that couldn't be read.
@@ -300,12 +318,14 @@ class Assembler:
             raise ValueError(f"select({step}) names unknown fields {sorted(unknown)}; there are {known}")
         return [name for name in known if name in selected]
 
-    def _read_row(self, place: tuple[Shards, int, int], slot: int, names: list[str]) -> _Row:
+    def _read_row(
+        self, place: tuple[Shards, int, int], slot: int, names: list[str], rows: dict[str, torch.Tensor]
+    ) -> _Row:
         shards, shard, number = place
         errors: list[SampleError] = []
         while True:
             try:
-                return self._read_sample(shards, shard, number, slot, names, errors)
+                return self._read_sample(shards, shard, number, slot, names, rows, errors)
             except SampleError as error:
                 if not self._substitute:
                     raise
@@ -320,7 +340,14 @@ class Assembler:
             [shard], [number] = shards.locate(np.array([sample]))
 
     def _read_sample(
-        self, shards: Shards, shard: int, number: int, slot: int, names: list[str], errors: list[SampleError]
+        self,
+        shards: Shards,
+        shard: int,
+        number: int,
+        slot: int,
+        names: list[str],
+        rows: dict[str, torch.Tensor],
+        errors: list[SampleError],
     ) -> _Row:
         record = shards.record(shard, number)
         thread = threading.get_ident()
@@ -358,6 +385,7 @@ class Assembler:
                 sample=(shards.name, shard, number),
                 slot=slot,
                 where=(shards.shard_name(shard), record.key),
+                rows=rows,
             )
             took = time.perf_counter() - begin
             with self._lock:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmscale.data.decode import decode_json
 from mmscale.errors import DataError
@@ -34,15 +35,19 @@ class Field:
     read_train: (bytes, rng) -> value, what training uses instead of `read`, where what is random decides how
         much of the bytes has to be decoded (a crop); `augment` follows. Not used where values are cached.
     required: an absent field is an error; otherwise its value is None.
+    shape: of every value, where all are uint8 arrays of one shape. They are then rows of one tensor a batch,
+        `batch.stacked[name]`, in memory that is used again; absent ones are zeros. `read` and `read_train` are
+        called with `out=`, a tensor of that shape, and return the array they wrote into it.
     """
 
     source: str
-    read: Callable[[bytes], Any]
+    read: Callable[..., Any]
     choose: bool = False
     first: float | None = None
     augment: Callable[[Any, np.random.Generator], Any] | None = None
     required: bool = True
-    read_train: Callable[[bytes, np.random.Generator], Any] | None = None
+    read_train: Callable[..., Any] | None = None
+    shape: tuple[int, ...] | None = None
 
 
 class SampleError(DataError):
@@ -150,8 +155,9 @@ class Decoder:
         sample: Any,
         slot: int,
         where: tuple[str, str],
+        rows: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, Any]:
-        """The values of the named fields.
+        """The values of the named fields; of those in `rows` (uint8, of the field's shape), written into that.
 
         record: names of the record's members; read: names to bodies. sample: what tells this record from all
         others, for the cache. slot: the row of the run. where: shard and key, for errors.
@@ -165,8 +171,10 @@ class Decoder:
         }
         bodies = read(dict.fromkeys(member for found in members.values() for member, _ in found))
         parsed: dict[str, Any] = {}
-        return {
-            name: self._value(
+        values = {}
+        for name, source in sources.items():
+            row = rows.get(name) if rows else None
+            value = self._value(
                 name,
                 source,
                 known.get(name),
@@ -177,9 +185,10 @@ class Decoder:
                 sample,
                 slot,
                 where,
+                row if self._cache is None else None,  # what is kept must not lie in a batch
             )
-            for name, source in sources.items()
-        }
+            values[name] = value if row is None else _laid(value, row, name, where)
+        return values
 
     def _value(
         self,
@@ -193,8 +202,10 @@ class Decoder:
         sample: Any,
         slot: int,
         where: tuple[str, str],
+        row: torch.Tensor | None,
     ) -> Any:
         spec = source.spec
+        options = {} if row is None else {"out": row}
         rng = None
         try:
             if known is None and self._train and spec.read_train is not None and self._cache is None:
@@ -202,13 +213,14 @@ class Decoder:
                 if found:
                     rng = source.generator(slot)
                     chosen = _choose(rng, len(found), spec.first)
-                    value = spec.read_train(found[chosen], rng)
+                    value = spec.read_train(found[chosen], rng, **options)
                     return value if spec.augment is None else spec.augment(value, rng)
                 alternatives: list[Any] = []
             elif known is None:
-                alternatives = [
-                    spec.read(body) for body in _alternatives(members, bodies, parsed, spec.choose)
-                ]
+                found = _alternatives(members, bodies, parsed, spec.choose)
+                if len(found) > 1:
+                    options = {}  # one row can't hold them all
+                alternatives = [spec.read(body, **options) for body in found]
                 if self._cache:
                     self._cache.put(sample, name, alternatives)
             else:
@@ -234,6 +246,20 @@ class Decoder:
         if self._train and spec.augment is not None and rng is not None:
             value = spec.augment(value, rng)
         return value
+
+
+def _laid(value: Any, row: torch.Tensor, name: str, where: tuple[str, str]) -> np.ndarray | None:
+    """The value as its row of the batch: where it isn't there yet (it was augmented, or kept), copied."""
+    if value is None:
+        row.zero_()
+        return None
+    target = row.numpy()
+    if np.shape(value) != target.shape or value.dtype != np.uint8:
+        got = f"{np.shape(value)} {getattr(value, 'dtype', type(value).__name__)}"
+        raise SampleError.of(*where, name, "undecodable", f"its reader gave {got}, not {target.shape} uint8")
+    if value.__array_interface__["data"][0] != row.data_ptr():
+        np.copyto(target, value)
+    return target
 
 
 def _choose(rng: np.random.Generator, num_alternatives: int, first: float | None) -> int:

@@ -95,7 +95,13 @@ def schema(
         if len(kinds) > 1:
             told = ", ".join(f"{source} ({kind})" for kind, source in kinds.items())
             raise ValueError(f"field {name!r}: its alternatives must be of one kind, got {told}")
-        fields[name] = Field("|".join(alternatives), readers[next(iter(kinds))], required=required)
+        kind = next(iter(kinds))
+        fields[name] = Field(
+            "|".join(alternatives),
+            readers[kind],
+            required=required,
+            shape=(3, image_size, image_size) if kind == "image" else None,
+        )
     return fields
 
 

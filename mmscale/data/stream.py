@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 from mmscale.data.ahead import Helpers, ReadAhead
 from mmscale.data.assemble import Assembler, Batch, Made
+from mmscale.data.batch import BufferPool
 from mmscale.data.draw import Blender, Draw
 from mmscale.data.fields import Decoder, Field, SampleError, ValueCache
 from mmscale.data.manifest import open_manifest
@@ -101,6 +102,8 @@ class ShardStream:
         many bytes of them (one always may).
     cache_bytes: keep up to this many bytes of decoded values (before augmentation) in memory.
     storage: how shards are read: time-outs, retries, the node's cache of remote shards.
+    pool: memory for fields of one shape, used again when the last view of a batch is gone; page-locked, for copies
+        to a device, with BufferPool(pin=True).
     stall_s: a batch that doesn't come for so many seconds is an error that says what the threads wait for.
 
     Raises ValueError for bad arguments, ConfigError for a batch that the ranks can't share equally, DataError
@@ -135,6 +138,7 @@ class ShardStream:
         buffer_bytes: int = 256 << 20,
         cache_bytes: int = 0,
         storage: Storage | None = None,
+        pool: BufferPool | None = None,
         stall_s: float = 600.0,
     ) -> None:
         for name, value, least in (
@@ -267,6 +271,7 @@ class ShardStream:
             substitute=on_error == "substitute",
             train=train,
             transform=transform,
+            pool=pool or BufferPool(4 * buffer_bytes),
         )
 
     def __iter__(self) -> Iterator[Batch]:

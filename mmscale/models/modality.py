@@ -155,9 +155,9 @@ class Image(nn.Module):
         self.patch = _keeping_spread(patch)
         self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
 
-    def read(self, data: bytes) -> np.ndarray:
-        """Picture bytes to (3, size, size) uint8."""
-        return decode_image(data, self.size)
+    def read(self, data: bytes, out: torch.Tensor | None = None) -> np.ndarray:
+        """Picture bytes to (3, size, size) uint8, written into `out` if it is given."""
+        return decode_image(data, self.size, out=out)
 
     def collate(self, arrays: Sequence[np.ndarray | None], pool: BufferPool | None = None) -> Field:
         return stack_arrays(arrays, (3, self.size, self.size), torch.uint8, pool=pool)
