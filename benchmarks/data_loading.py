@@ -65,7 +65,7 @@ class Data:
 
 
 DATA = {
-    "text": Data(None, 32_768, 0),
+    "text": Data(None, 131_072, 0),
     "256px": Data((256, 256), 16_384, 2_048, noise=20.0),
     "vga": Data((640, 480), 8_192, 1_024, noise=10.0),
 }
@@ -98,6 +98,7 @@ CASES = [
 CONTENDERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "mmscale": ("mmscale", {}, ("raw", "default", "same")),
     "webdataset": ("webdataset", {}, ("raw", "default", "same")),
+    "webdataset, normalised": ("webdataset", {"normalised": True}, ("default",)),
     "energon": ("energon", {}, ("raw", "default", "same")),
     "energon, pilrgb": ("energon", {"pil": True}, ("default",)),
 }
@@ -282,7 +283,8 @@ def measure(case: Case, folder: Path, pictures: bool, num_samples: int, repeats:
             result = run_once(name, config)
             if "error" not in result and result["samples"] != num_samples:
                 result = {"error": f"delivered {result['samples']} of {num_samples} samples"}
-            expected = ["torch.uint8", 3, SIZE, SIZE] if pictures and case.kind != "raw" else []
+            kind = "torch.float32" if CONTENDERS[name][1].get("normalised") else "torch.uint8"
+            expected = [kind, 3, SIZE, SIZE] if pictures and case.kind != "raw" else []
             if "error" not in result and result["form"] != expected:
                 result = {"error": f"delivered {result['form']}, not {expected}"}
             if "error" in result:
@@ -363,7 +365,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
     cases = [case for case in content["cases"] if case["workers"]]
     figure, axes = plt.subplots(len(cases), figsize=(6.4, 1.15 * len(cases) + 0.5), dpi=140, squeeze=False)
-    colours = dict(zip(CONTENDERS, ("#1f5fa8", "#c2571a", "#4d8f3a", "#9bc48c"), strict=True))
+    colours = dict(zip(CONTENDERS, ("#1f5fa8", "#c2571a", "#e0a37f", "#4d8f3a", "#9bc48c"), strict=True))
     for axis, case in zip(axes[:, 0], cases, strict=True):
         names = [name for name, row in case["contenders"].items() if row.get("repeats")]
         for place, name in enumerate(names):
@@ -388,6 +390,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", metavar="TEXT", help="cases whose name holds this")
+    parser.add_argument("--skip", metavar="TEXT", help="no cases whose name holds this")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--smoke", action="store_true", help="tiny: 1 repeat of few samples; nothing is drawn"
@@ -400,6 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(json.loads(args.out.read_text()), PICTURE)
         return 0
     cases = [case for case in CASES if args.only is None or args.only in case.name]
+    cases = [case for case in cases if args.skip is None or args.skip not in case.name]
     if not cases:
         parser.error(
             f"--only {args.only!r}: no case has that in its name; there are {', '.join(c.name for c in CASES)}"

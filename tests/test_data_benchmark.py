@@ -193,6 +193,7 @@ def test_the_benchmark_measures_who_is_there_and_says_who_is_not(
     )  # rounded to 4 digits
     assert ours["peak_rss_mib"]["p50"] > 50
     assert case["contenders"]["webdataset"] == {"failed": "delivered 511 of 512 samples"}
+    assert case["contenders"]["webdataset, normalised"] == {"failed": "delivered 511 of 512 samples"}
     assert case["contenders"]["energon"] == {"absent": "not installed: make peers"}
     assert case["mmscale_over"] == {}
     assert "| energon | not installed: make peers |" in said
