@@ -215,7 +215,7 @@ def bench(
     sources = {name: spec.source for name, spec in chosen.items()}
     batch_size = min(MAX_BATCH, num_samples)
     bytes_of = {
-        name: replace(spec, read=_same, augment=None, read_train=None) for name, spec in chosen.items()
+        name: replace(spec, read=_same, augment=None, read_train=None, shape=None) for name, spec in chosen.items()
     }
     raw = _measure(urls, bytes_of or None, batch_size, threads, seconds, seed=0)
     if not chosen:
@@ -251,10 +251,10 @@ class _Timed:
         self.cpu_s = 0.0
         self._read, self._lock = read, threading.Lock()
 
-    def __call__(self, body: bytes) -> Any:
+    def __call__(self, body: bytes, **options: Any) -> Any:
         start = time.thread_time()
         try:
-            return self._read(body)
+            return self._read(body, **options)
         finally:
             spent = time.thread_time() - start
             with self._lock:
