@@ -4,6 +4,7 @@ import ctypes
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import time
@@ -200,15 +201,25 @@ def test_fields_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
         *[("b.webp", b"bad"), ("b.txt", b"words")],
         *[("c.jpg", jpeg()), ("c.json", b"{}")],
         *[("d.txt", b"no picture")],
+        # the text is elsewhere, so the JSON needn't have it; an empty list is no value
+        *[("e.jpg", jpeg()), ("e.json", b"{}"), ("e.txt", b"words")],
+        *[("f.jpg", jpeg()), ("f.json", b'{"caption": []}')],
+        *[("g.jpg", jpeg()), ("g.meta.json", b'{"a": {"b": "x"}}'), ("h.jpg", jpeg()), ("h.meta.json", b"1")],
     ]
     shard = write_tar(tmp_path / "a.tar", members)
-    assert brief(faults_of(shard, fields="image: jpg|webp, text: txt|json.caption, sound?: wav")) == [
+    assert brief(
+        faults_of(
+            shard, fields="image: JPG|webp, text: txt|json.caption|meta.json.a.b, sound?: wav|json.sound"
+        )
+    ) == [
         ("b", "webp", "undecodable"),
         ("c", "json", "missing field"),
         ("d", "image", "missing field"),
+        ("f", "json", "missing field"),
+        ("h", "meta.json", "missing field"),
     ]
-    for text, word in (("image jpg", "'image jpg'"), ("a: b, a: c", "twice"), ("a: b|", "'a: b|'")):
-        with pytest.raises(ConfigError, match=word):
+    for text, word in (("image jpg", "'image jpg'"), ("a: b, a: c", "'a' is given twice"), ("a: b|", "'b|'")):
+        with pytest.raises(ConfigError, match=f"--fields: .*{re.escape(word)}"):
             parse_fields(text)
 
 

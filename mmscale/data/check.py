@@ -27,13 +27,16 @@ import stat as stat_module
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmscale.data import schema
+from mmscale.data.decode import MAX_BYTES, MAX_SECONDS, PICKLES
+from mmscale.data.fields import Field, Source
 from mmscale.data.index import (
     Index,
     IndexBuilder,
@@ -56,11 +59,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mmscale.data")
 
-# Loading one of these can run any code that its author liked.
-PICKLES = frozenset(("pyd", "pickle", "pkl", "pth", "pt", "ckpt", "joblib", "dill"))
 NUMBERS = frozenset(("cls", "cls2", "index", "inx", "id"))  # one whole number, as text
-MAX_BYTES = 256 << 20  # of one member that is decoded
-MAX_SECONDS = 3600.0
 MAX_FRAMES = 1000  # of an animation
 DECODE_TIMEOUT_S = 120.0
 _BLOCK = 512
@@ -156,7 +155,8 @@ def check(
     """Check all shards that `urls` names. Faults are told in the order of the shards, as they are found.
 
     fields: "image: jpg|png, text: txt|json.caption, sound?: wav": every sample must have one of each (but for
-        those with "?"), and only these are decoded; by default all members are, whose kind is known.
+        those with "?"), and only these are decoded; by default all members are, whose kind is known. What isn't
+        decoded (`quick`) isn't looked for inside JSON.
     quick: decode nothing.
     run_jobs: where the work runs, one job a shard; default this machine's processors.
     resume: a file that keeps what was found. Shards that are in it, and haven't changed, aren't read again.
@@ -245,30 +245,16 @@ def write_quarantine(path: str | Path, faults: list[Fault]) -> None:
     temporary.replace(path)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """One name of `fields`: its alternatives, as (member, dotted path inside JSON or "")."""
-
-    name: str
-    alternatives: tuple[str, ...]
-    required: bool
-
-
-def parse_fields(text: str) -> tuple[Wanted, ...]:
+def parse_fields(text: str) -> dict[str, Source]:
     """ "image: jpg|png, sound?: wav" as data. Raises ConfigError that names the part which can't be read."""
-    wanted: list[Wanted] = []
-    for part in text.split(","):
-        name, colon, sources = part.partition(":")
-        name = name.strip()
-        alternatives = tuple(source.strip().lower() for source in sources.split("|"))
-        required = not name.endswith("?")
-        name = name.removesuffix("?").strip()
-        if not colon or not name or not all(alternatives):
-            raise ConfigError(f'--fields: {part.strip()!r} isn\'t of the form "name: jpg|png"')
-        if any(name == other.name for other in wanted):
-            raise ConfigError(f"--fields: {name!r} is named twice")
-        wanted.append(Wanted(name, alternatives, required))
-    return tuple(wanted)
+    try:
+        parsed = schema.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"--fields: {error}") from None
+    return {
+        name: Source(0, name, Field("|".join(alternatives).lower(), bytes, choose=True, required=required))
+        for name, (alternatives, required) in parsed.items()
+    }
 
 
 # --- one shard ---
@@ -277,7 +263,7 @@ def parse_fields(text: str) -> tuple[Wanted, ...]:
 def check_shard(
     url: str,
     *,
-    wanted: tuple[Wanted, ...] | None = None,
+    wanted: Mapping[str, Source] | None = None,
     quick: bool = False,
     storage: "Storage | None" = None,
     timeout_s: float = DECODE_TIMEOUT_S,
@@ -471,31 +457,29 @@ def _check_samples(
     index: Index,
     reader: _Reader,
     report: ShardReport,
-    wanted: tuple[Wanted, ...] | None,
+    wanted: Mapping[str, Source] | None,
     quick: bool,
     timeout_s: float,
     fault: _Tell,
     notes: Counter[str],
 ) -> None:
-    members = {source for want in wanted or () for alternative in want.alternatives
-               for source in (alternative, alternative.partition(".")[0])}  # fmt: skip
     isolated = Isolated(timeout_s)
     try:
         for number in range(len(index)):
             key, record = index.key(number), index.record(number)
-            paths: dict[str, set[str]] = {}
-            for want in wanted or ():
-                here = [found for source in want.alternatives if (found := _member_of(source, record))]
-                for member, path in here:
-                    paths.setdefault(member, set()).add(path)
-                if want.required and not here:
-                    has = ", ".join(record)
-                    fault(
-                        "missing field",
-                        f"none of {'|'.join(want.alternatives)}, it has {has}",
-                        key,
-                        want.name,
-                    )
+            members: set[str] = set()
+            paths: dict[str, list[list[tuple[str, ...]]]] = {}
+            for name, source in (wanted or {}).items():
+                places = source.members(record)
+                holders = {member for member, _ in places}
+                members |= holders
+                if not source.spec.required:
+                    continue
+                if not places:
+                    detail = f"none of {source.spec.source}, it has {', '.join(record)}"
+                    fault("missing field", detail, key, name)
+                elif len(holders) == 1 and all(path for _, path in places):  # nothing else could serve
+                    paths.setdefault(places[0][0], []).append([path for _, path in places])
             for name, (offset, size) in record.items():
                 report.num_members += 1
                 if wanted is not None and name not in members:
@@ -516,20 +500,13 @@ def _check_samples(
                     if len(body) < size:
                         fault("truncated", f"{len(body):,} of {size:,} bytes could be read", key, name)
                         continue
-                    wrong = isolated.call(examine, name, body, tuple(sorted(paths.get(name, ()))))
+                    wrong = isolated.call(examine, name, body, paths.get(name, ()))
                     if isinstance(wrong, Crash):
                         fault(wrong.cause, wrong.detail, key, name)
                     elif wrong is not None:
                         fault(wrong[0], wrong[1], key, name)
     finally:
         isolated.close()
-
-
-def _member_of(source: str, record: dict[str, Any]) -> tuple[str, str] | None:
-    if source in record:
-        return source, ""
-    member, dot, path = source.partition(".")
-    return (member, path) if dot and member == "json" and member in record else None
 
 
 # --- one member, decoded ---
@@ -544,10 +521,13 @@ def is_known(name: str) -> bool:
     )  # fmt: skip
 
 
-def examine(name: str, body: bytes, paths: tuple[str, ...] = ()) -> tuple[str, str] | None:
+_Paths = Sequence[Sequence[tuple[str, ...]]]
+
+
+def examine(name: str, body: bytes, paths: _Paths = ()) -> tuple[str, str] | None:
     """(cause, detail) of what is wrong with one member's bytes, None if it decodes in full.
 
-    paths: dotted paths that a JSON member must have.
+    paths: of each field that only a JSON member can give, the paths inside it of which one must hold a value.
     """
     last = name.rpartition(".")[2]
     try:
@@ -663,13 +643,18 @@ def _missing_of_wav(body: bytes) -> int:
     return 0
 
 
-def _examine_json(value: Any, paths: tuple[str, ...]) -> None:
-    for path in paths:
-        found = value
-        for step in path.split(".") if path else ():
-            if not isinstance(found, dict) or step not in found:
-                raise _caused("missing field", f"no value at {path}")
-            found = found[step]
+def _examine_json(value: Any, paths: _Paths) -> None:
+    for alternatives in paths:
+        if not any(_holds(value, path) for path in alternatives):
+            raise _caused("missing field", f"no value at {'|'.join(map('.'.join, alternatives))}")
+
+
+def _holds(value: Any, path: tuple[str, ...]) -> bool:
+    for step in path:
+        if not isinstance(value, dict) or step not in value:
+            return False
+        value = value[step]
+    return value is not None and value != []  # the stream, too, takes these for absent
 
 
 def _examine_array(file: Any, size: int) -> None:

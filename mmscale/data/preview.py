@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mmscale.data.check import PICKLES, Crash, Isolated, escaped, examine, is_known, open_reader
+from mmscale.data.check import Crash, Isolated, escaped, examine, is_known, open_reader
+from mmscale.data.decode import PICKLES
 from mmscale.data.index import shown
 from mmscale.data.manifest import Manifest, Urls, open_manifest
 from mmscale.data.measure import AUDIO_FIELDS, CAPTIONS, IMAGE_FIELDS, TEXT_FIELDS

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmscale.data.check import Crash, Isolated, open_reader
+from mmscale.data.decode import MAX_BYTES
 from mmscale.data.index import Index, load_index, make_index
 from mmscale.data.jobs import JobMap, local_map
 from mmscale.data.manifest import Manifest, Urls, open_manifest
@@ -48,7 +49,6 @@ NEAR_BITS = 2  # differing bits of the difference hashes of near duplicates
 _BINS = 32  # an octave
 _MAX_VALUES = 2048  # different ones that are counted one by one
 _MAX_CLASSES = 10_000
-_MAX_BODY = 256 << 20
 _MAX_GROUPS = 100  # of duplicates that are listed
 _FLAT = 8  # grey levels between the darkest and brightest of the 72 pixels
 _MAX_BUCKET = 4096  # hashes with 32 equal bits that are compared with each other
@@ -300,7 +300,7 @@ def _read_bodies(
                 bodies = {
                     name: reader.read(offset, size)
                     for name, (offset, size) in record.items()
-                    if size <= _MAX_BODY and (name == main or _is_measured(name) or name == "cls")
+                    if size <= MAX_BYTES and (name == main or _is_measured(name) or name == "cls")
                 }
                 body = bodies.get(main, b"")
                 digest = hashlib.blake2b(body, digest_size=8).digest()
