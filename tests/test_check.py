@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from web_server import WebServer
 
 from mmscale.cli import main
 from mmscale.data.check import Crash, Fault, Isolated, check, escaped, parse_fields
@@ -298,3 +299,28 @@ def test_the_verb_prints_faults_escaped_writes_the_quarantine_and_exits_with_3(
 def test_escaped_keeps_letters_of_any_script() -> None:
     assert escaped("größe 漢字 😀") == "größe 漢字 😀"
     assert escaped("a\tb\nc\x9bd\udc80\u2066") == "a\\tb\\nc\\x9bd\\udc80\\u2066"
+
+
+def test_remote_shards_have_the_same_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = write_tar(tmp_path / "0.tar", [*good("a"), ("z.txt", b"\xff")]).read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 2])
+    names = [str(tmp_path / f"{number}.tar") for number in range(3)]
+    local = [
+        (fault.shard.rpartition("/")[2], fault.key, fault.field, fault.cause) for fault in faults_of(names)
+    ]
+    assert [fault[0] for fault in local].count("1.tar") > 0
+    assert (local[0], local[-1]) == (("0.tar", "z", "txt", "undecodable"), ("2.tar", "", "", "missing"))
+    with WebServer({f"/s/{number}.tar": Path(names[number]).read_bytes() for number in range(2)}) as server:
+        faults = faults_of(server.url("/s/{0..2}.tar"))
+        assert {fault.shard.rpartition("/")[0] for fault in faults} == {server.url("/s")}
+        assert [(f.shard.rpartition("/")[2], f.key, f.field, f.cause) for f in faults] == local
+        # what was found is kept by size and etag
+        state = tmp_path / "state.jsonl"
+        check(server.url("/s/{0..1}.tar"), resume=state, run_jobs=local_map(1))
+        server.files["/s/1.tar"] = whole
+        report = check(server.url("/s/{0..1}.tar"), resume=state, run_jobs=local_map(1))
+        assert (report.num_resumed, report.causes) == (1, {"undecodable": 2})
+        server.fail("403", times=None)
+        refused = faults_of(server.url("/s/0.tar"))
+    assert brief(refused) == [("", "", "refused")]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_check import jpeg, sound, write_tar
+from web_server import WebServer
 
 from mmscale.cli import main
 from mmscale.data.manifest import open_manifest
@@ -132,3 +133,20 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "preview", str(shard), "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith("2 of 2 samples: ")
     assert main(["data", "preview", str(shard), "--out", str(out), "--count", "0"]) == 2
+
+
+def test_remote_shards_look_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", [(f"{shard}{n}.jpg", jpeg(10 * shard + n)) for n in range(3)])
+    files = {f"/s/{shard}.tar": (tmp_path / f"{shard}.tar").read_bytes() for shard in range(2)}
+    local = preview(tmp_path, tmp_path / "local", count=4)
+    with WebServer(files) as server:
+        remote = preview(server.url("/s/{0..1}.tar"), tmp_path / "remote", count=4)
+    assert remote.keys == local.keys
+    assert len(set(remote.keys)) == 4
+    assert Path(remote.sheet).read_bytes() == Path(local.sheet).read_bytes()
+    pages = [Page(Path(report.page)) for report in (local, remote)]
+    pictures = [[values["src"] for tag, values in page.tags if tag == "img"] for page in pages]
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) == 4

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from test_check import jpeg, sound, write_tar
 from test_preview import Page
+from web_server import WebServer
 
 from mmscale.cli import main
 from mmscale.data.jobs import local_map
@@ -181,3 +182,23 @@ def test_the_verb_writes_a_page_that_escapes_what_shards_say(
     assert evil in parsed.text
     assert main(["data", "stats", str(tmp_path), "--json", "--workers", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["classes"] == {evil: 1}
+
+
+def test_remote_shards_have_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for shard in range(2):
+        members = [(f"{shard}{n}.jpg", picture(10 * shard + n)) for n in range(3)]
+        write_tar(
+            tmp_path / f"{shard}.tar",
+            [*members, (f"{shard}x.jpg", picture(99)), (f"{shard}y.txt", b"%d" % shard)],
+        )
+    files = {f"/s/{shard}.tar": (tmp_path / f"{shard}.tar").read_bytes() for shard in range(2)}
+    local = run(tmp_path, out=tmp_path / "local.html")
+    with WebServer(files) as server:
+        remote = run(server.url("/s/{0..1}.tar"), out=tmp_path / "remote.html")
+    assert remote == local
+    assert remote["duplicates"]["exact"]["groups"] == [["0/0x", "1/1x"]]
+    pages = [Page(tmp_path / f"{name}.html") for name in ("local", "remote")]
+    pictures = [[values["src"] for tag, values in page.tags if tag == "img"] for page in pages]
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) > 8
