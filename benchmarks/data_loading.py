@@ -1,7 +1,7 @@
 """Data loading beside the peers: mmscale's ShardStream, webdataset and Megatron Energon on the same shards.
 
     make peers                                       # once: an environment for each peer, below .venv-peers/
-    python benchmarks/data_loading.py                # some 20 minutes; on a machine that does nothing else
+    python benchmarks/data_loading.py                # some 30 minutes, on a machine that does nothing else
     python benchmarks/data_loading.py --only vga     # cases whose name holds this
     python benchmarks/data_loading.py --smoke        # tiny: shows that all works, and nothing of speed
     python benchmarks/data_loading.py --picture      # draws the results file anew
