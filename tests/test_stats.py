@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_preview import Page
 from web_server import WebServer
 
 from mmscale.cli import main
+from mmscale.data.decode import MAX_BYTES
 from mmscale.data.jobs import local_map
 from mmscale.data.stats import Histogram, difference_hash, near_labels, shard_stats, stats
 from mmscale.errors import ConfigError
@@ -116,6 +118,20 @@ def test_planted_duplicates_are_found_and_nothing_else(tmp_path: Path) -> None:
     assert found["near"]["groups"] == [["1/b", "2/d", "2/e"]]
     assert found["near"]["num_superfluous"] == 2
     assert found["near"]["num_uniform"] == 2
+
+
+def test_bodies_too_large_to_be_read_are_no_duplicates(tmp_path: Path) -> None:
+    with (tmp_path / "a.tar").open("wb") as file:
+        for name in ("a.txt", "b.txt"):  # holes, which take no room on the disk
+            info = tarfile.TarInfo(name)
+            info.size = MAX_BYTES + 512
+            file.write(info.tobuf(tarfile.USTAR_FORMAT))
+            file.seek(info.size, io.SEEK_CUR)
+        file.write(bytes(1024))
+    numbers = run(tmp_path)
+    assert numbers["duplicates"]["exact"]["num_groups"] == 0
+    assert numbers["problems"] == {"txt: too large to be read": 2}
+    assert numbers["fields"]["txt"]["max"] == pytest.approx(MAX_BYTES + 512, rel=1e-5)  # six digits are kept
 
 
 def test_near_labels_are_those_of_comparing_all_with_all() -> None:

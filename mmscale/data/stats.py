@@ -302,7 +302,11 @@ def _read_bodies(
                     for name, (offset, size) in record.items()
                     if size <= MAX_BYTES and (name == main or _is_measured(name) or name == "cls")
                 }
-                body = bodies.get(main, b"")
+                if main in bodies:
+                    body = bodies[main]
+                else:  # it isn't read, so nothing equals it
+                    body = f"{url}\0{number}".encode("utf-8", "surrogateescape")
+                    total.problems[f"{main}: too large to be read"] += 1
                 digest = hashlib.blake2b(body, digest_size=8).digest()
                 hashes[place] = int.from_bytes(digest, "little")
                 found = isolated.call(measure_sample, bodies, main, tokenizer)
