@@ -19,7 +19,8 @@ from PIL import Image
 from web_server import WebServer
 
 from mmscale.cli import main
-from mmscale.data.check import Crash, Fault, Isolated, check, escaped, parse_fields
+from mmscale.data.check import Crash, Fault, Isolated, check, escaped, examine, parse_fields
+from mmscale.data.decode import MAX_BYTES
 from mmscale.data.index import build_index
 from mmscale.data.jobs import local_map
 from mmscale.data.manifest import open_manifest
@@ -118,6 +119,74 @@ def test_every_kind_of_body_that_is_wrong_is_named(tmp_path: Path) -> None:
     assert brief(faults_of(tmp_path, quick=True)) == [("j", "txt", "empty"), ("k", "pyd", "refused")]
 
 
+def write_sound(values: np.ndarray, rate: int = 100, **options: Any) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, values, rate, **{"format": "WAV"} | options)
+    return file.getvalue()
+
+
+def test_pictures_and_arrays_are_looked_at_to_their_end() -> None:
+    frames = [
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (64, 64), np.uint8)) for n in range(3)
+    ]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    assert examine("gif", file.getvalue()) is None
+    assert (examine("gif", file.getvalue()[:-1500]) or "")[0] == "undecodable"  # in the third frame
+    extraneous = jpeg()[:-2] + bytes(4) + b"\xff\xd9"  # libjpeg warns, all pixels are there
+    assert examine("jpg", extraneous) is None
+    bomb = io.BytesIO()
+    np.savez_compressed(bomb, a=np.zeros((MAX_BYTES >> 3) + 1))
+    assert (examine("npz", bomb.getvalue()) or "")[0] == "too large"
+    objects = io.BytesIO()
+    np.savez(objects, a=np.array([{}], object))
+    assert (examine("npz", objects.getvalue()) or "")[0] == "refused"
+    assert examine("jsonl", b'{"a": 1}\n{"a": 2}\n') is None
+    assert (examine("jsonl", b'{"a": 1}\n{"a": \n') or "")[0] == "undecodable"
+
+
+def test_sound_is_looked_at_to_its_end() -> None:
+    for form in ("WAV", "AIFF", "AU", "FLAC", "OGG", "MP3"):
+        whole = sound(1.0, form)
+        assert examine(form.lower(), whole) is None
+        for cut in (len(whole) // 10, len(whole) // 2):
+            cause, detail = examine(form.lower(), whole[:-cut]) or ("", "")
+            assert (form, cause) == (form, "undecodable")
+            assert form == "FLAC" or detail.startswith("cut short")
+    streamed = bytearray(write_sound(np.zeros(100)))
+    at = streamed.index(b"data") + 4
+    streamed[at : at + 4] = b"\xff" * 4  # what a writer to a pipe puts there
+    assert examine("wav", bytes(streamed)) is None
+    assert examine("wav", write_sound(np.zeros(3600 * 100))) is None
+    long = examine("wav", write_sound(np.zeros(3600 * 100 + 1)))
+    assert long == ("too large", "3,600 s of sound, at most 3,600 are decoded")
+    assert examine("wav", write_sound(np.zeros(0))) == ("undecodable", "a sound file without samples")
+    infinite = write_sound(np.array([0.0, np.inf]), subtype="FLOAT")
+    assert examine("wav", infinite) == ("undecodable", "values that aren't finite")
+
+
+def test_a_body_too_large_is_not_read_and_oddities_are_notes(tmp_path: Path) -> None:
+    with (tmp_path / "a.tar").open("wb") as file:
+        info = tarfile.TarInfo("a.txt")
+        info.size = MAX_BYTES + 512  # a hole, which takes no room on the disk
+        file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        file.seek(info.size, io.SEEK_CUR)
+        for name in ("b.txt", "c.txt", "b.txt"):
+            file.write(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+        link = tarfile.TarInfo("d.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.txt"
+        file.write(link.tobuf(tarfile.USTAR_FORMAT))
+        file.write(bytes(1024))
+    faults: list[Fault] = []
+    report = check(tmp_path / "a.tar", on_fault=faults.append, run_jobs=local_map(1))
+    assert brief(faults) == [("a", "txt", "too large"), *((key, "txt", "empty") for key in "bcb")]
+    assert report.notes == {
+        "links, which are no part of any sample": 1,
+        "keys that came before in the same shard": 1,
+        "shards without an index": 1,
+    }
+
+
 def test_structure_is_checked_and_the_rest_of_a_damaged_shard_too(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", [*good("a"), ("z.txt", b"\xff")])
     data = whole.read_bytes()
@@ -206,11 +275,12 @@ def test_fields_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
         *[("e.jpg", jpeg()), ("e.json", b"{}"), ("e.txt", b"words")],
         *[("f.jpg", jpeg()), ("f.json", b'{"caption": []}')],
         *[("g.jpg", jpeg()), ("g.meta.json", b'{"a": {"b": "x"}}'), ("h.jpg", jpeg()), ("h.meta.json", b"1")],
+        *[("i.jpg", jpeg()), ("i.json", b"{}"), ("i.meta.json", b'{"a": {"b": "x"}}')],
     ]
     shard = write_tar(tmp_path / "a.tar", members)
     assert brief(
         faults_of(
-            shard, fields="image: JPG|webp, text: txt|json.caption|meta.json.a.b, sound?: wav|json.sound"
+            shard, fields="image: JPG|webp, text: json.caption|txt|meta.json.a.b, sound?: wav|json.sound"
         )
     ) == [
         ("b", "webp", "undecodable"),

@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -606,7 +606,7 @@ def _examine_picture(body: bytes) -> None:
 def _examine_sound(body: bytes) -> None:
     import soundfile
 
-    if (missing := _missing_of_wav(body)) > 0:
+    if (missing := _missing(body)) > 0:
         raise DataError(f"cut short: {missing:,} bytes of samples are missing")
     with soundfile.SoundFile(io.BytesIO(body)) as file:
         frames, rate = file.frames, file.samplerate
@@ -628,17 +628,33 @@ def _examine_sound(body: bytes) -> None:
         raise DataError(f"cut short: {count:,} of {frames:,} samples")
 
 
-def _missing_of_wav(body: bytes) -> int:
-    """Bytes that a WAV's data chunk claims beyond the end of the file; libsndfile passes over that in silence."""
-    if body[:4] != b"RIFF" or body[8:12] != b"WAVE":
-        return 0
+def _missing(body: bytes) -> int:
+    """Bytes of samples that a container claims beyond the file's end; libsndfile passes over that in silence."""
+    if body[:4] == b"RIFF" and body[8:12] == b"WAVE":
+        return _missing_of_chunks(body, b"data", "little")
+    if body[:4] == b"FORM" and body[8:12] in (b"AIFF", b"AIFC"):
+        return _missing_of_chunks(body, b"SSND", "big")
+    if body[:4] == b".snd":
+        start, size = (int.from_bytes(body[at : at + 4], "big") for at in (4, 8))
+        return 0 if size >= _UNKNOWN_SIZE else start + size - len(body)
+    at = 0
+    while body[at : at + 4] == b"OggS" and at + 27 <= len(
+        body
+    ):  # a page's header, then the sizes of its parts
+        parts = body[at + 27 : at + 27 + body[at + 26]]
+        at += 27 + body[at + 26] + sum(parts)
+    return at - len(body)
+
+
+_UNKNOWN_SIZE = 0x7FFFF000  # or more: of a writer to a stream, which can't know
+
+
+def _missing_of_chunks(body: bytes, name: bytes, order: Literal["little", "big"]) -> int:
     at = 12
     while at + 8 <= len(body):
-        size = int.from_bytes(body[at + 4 : at + 8], "little")
-        if body[at : at + 4] == b"data":
-            return (
-                0 if size >= 0x7FFFF000 else at + 8 + size - len(body)
-            )  # a stream's writer doesn't know the size
+        size = int.from_bytes(body[at + 4 : at + 8], order)
+        if body[at : at + 4] == name:
+            return 0 if size >= _UNKNOWN_SIZE else at + 8 + size - len(body)
         at += 8 + size + size % 2
     return 0
 
