@@ -4,6 +4,7 @@ import io
 import json
 import random
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 from PIL import Image
 from test_check import jpeg, sound, write_tar
 from test_preview import Page
+from tokenizers import Tokenizer
 from web_server import WebServer
 
 from mmscale.cli import main
 from mmscale.data.decode import MAX_BYTES
 from mmscale.data.jobs import local_map
-from mmscale.data.stats import Histogram, difference_hash, near_labels, shard_stats, stats
+from mmscale.data.stats import Histogram, ShardStats, difference_hash, near_labels, shard_stats, stats
 from mmscale.errors import ConfigError
 
 
@@ -179,6 +181,65 @@ def test_a_sample_is_read_evenly_and_counts_stay_of_all(tmp_path: Path) -> None:
     assert numbers == run(tmp_path, sample=20)
     with pytest.raises(ConfigError, match="--sample must be at least 1"):
         run(tmp_path, sample=0)
+
+
+def backwards(work: Any, jobs: Any) -> Iterator[tuple[int, Any]]:
+    for number in reversed(range(len(jobs))):
+        yield number, work(jobs[number])
+
+
+def test_what_is_shown_is_of_all_shards_in_any_order(tmp_path: Path) -> None:
+    for shard in range(3):
+        members = [(f"{n}.jpg", picture(30 * shard + n, (10 * n + shard + 16, 16))) for n in range(9)]
+        write_tar(tmp_path / f"{shard}.tar", [*members, ("same.txt", b"words"), ("more.txt", b"words")])
+    total = ShardStats()
+    for shard in range(3):
+        total.merge(shard_stats((shard, str(tmp_path / f"{shard}.tar"), 11)))
+    sizes = sorted((16 * (10 * n + shard + 16), shard, n) for shard in range(3) for n in range(9))
+    assert total.smallest == sizes[:6]
+    assert total.largest == sizes[:-7:-1]
+    assert len({shard for _, shard, _ in total.drawn}) == 3
+    assert total.drawn == sorted(total.drawn)
+    numbers = run(tmp_path, out=tmp_path / "forwards.html")
+    assert numbers == stats(tmp_path, run_jobs=backwards, out=tmp_path / "backwards.html")
+    assert (tmp_path / "forwards.html").read_text() == (tmp_path / "backwards.html").read_text()
+    stems = [f"{shard}/{key}" for shard in range(3) for key in ("same", "more")]
+    assert numbers["duplicates"]["exact"]["groups"] == [stems]
+    assert run(tmp_path, out=tmp_path / "other.html", seed=1) == numbers
+    assert (tmp_path / "other.html").read_text() != (tmp_path / "forwards.html").read_text()
+
+
+def test_classes_beyond_the_limit_are_counted_together(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{n}.cls", b"%d" % min(n, 10_002)) for n in range(10_010)])
+    numbers = run(tmp_path)
+    assert len(numbers["classes"]) == 10_000
+    assert numbers["num_other_classes"] == 10
+
+
+def test_hashes_that_share_too_many_bits_are_passed_over_and_told() -> None:
+    labels, passed_over = near_labels(np.arange(0, 5000 * 4096, 4096, dtype=np.uint64) << np.uint64(2))
+    assert (len(labels), passed_over > 0) == (5000, True)
+
+
+def test_transparent_pictures_look_as_on_white() -> None:
+    with Image.open(io.BytesIO(picture(5))) as image:
+        clear = image.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    white = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    files = io.BytesIO(), io.BytesIO()
+    clear.save(files[0], "PNG")
+    white.save(files[1], "PNG")
+    looks = [difference_hash(file.getvalue()) for file in files]
+    assert looks[0] == looks[1]
+    assert looks[0] != difference_hash(picture(5))
+
+
+def test_tokens_are_counted(tmp_path: Path, scene_shards: Path) -> None:
+    text = "a red circle on the left"
+    shard = write_tar(tmp_path / "a.tar", [("a.txt", text.encode())])
+    tokenizer = scene_shards / "tokenizer.json"
+    expected = len(Tokenizer.from_file(str(tokenizer)).encode(text).ids)
+    assert run(shard, tokenizer=tokenizer)["columns"]["txt.tokens"]["max"] == expected
 
 
 def test_the_verb_writes_a_page_that_escapes_what_shards_say(
