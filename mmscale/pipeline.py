@@ -18,7 +18,7 @@ from mmscale.data.batch import BufferPool, TensorBatch, split_rows
 from mmscale.data.decode import decode_image_train
 from mmscale.data.foreign import Pipeline, PipelineStream
 from mmscale.data.storage import Storage
-from mmscale.errors import ConfigError, DataError, UserError
+from mmscale.errors import ConfigError, DataError
 from mmscale.models import Model
 from mmscale.tasks import Task
 from mmscale.world import World
@@ -107,8 +107,6 @@ def _open(shards: Any, *, setting: str, **options: Any) -> ShardStream:
         return ShardStream(shards, **options)
     except DataError as error:
         raise DataError(f"{setting}: {error}") from None
-    except UserError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{setting}: {str(error).removeprefix('urls: ')}") from None
 

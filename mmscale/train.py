@@ -136,12 +136,7 @@ def _train(
         state = found.manifest["state"]
         step, before_s, skipped, faults = found.step, state["seconds"], state["skipped"], state["faults"]
         last_saved = step
-        error = None
-        try:
-            stream.load_state_dict(state["stream"])
-        except Exception as caught:
-            error = caught
-        world.agree(error)
+        stream.load_state_dict(state["stream"])  # an error of it is the same on every rank
         run.say(f"resumed at step {step} from {found.path}")
         kernels = kernel_configs.record(world.device)
         if change := kernel_configs.changes(state.get("kernels", kernels), kernels):
