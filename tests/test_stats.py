@@ -169,7 +169,14 @@ def test_difference_hash_is_of_looks_not_of_size() -> None:
 def test_a_sample_is_read_evenly_and_counts_stay_of_all(tmp_path: Path) -> None:
     for shard, count in enumerate((10, 30, 60)):
         write_tar(tmp_path / f"{shard}.tar", [(f"{shard}-{n}.txt", b"x" * (n + 1)) for n in range(count)])
-    numbers = run(tmp_path, sample=20)
+    asked: list[int] = []
+
+    def noted(work: Any, jobs: Any) -> Iterator[tuple[int, Any]]:
+        asked.extend(num_read for _, _, num_read in jobs)
+        return local_map(1)(work, jobs)
+
+    numbers = stats(tmp_path, sample=20, run_jobs=noted)
+    assert asked == [2, 6, 12]
     assert (numbers["num_samples"], numbers["num_read"], numbers["sampled"]) == (100, 20, True)
     assert numbers["fields"]["txt"]["num"] == 100
     assert numbers["columns"]["txt.chars"]["num"] == 20
