@@ -514,9 +514,9 @@ class ShardStream:
             raise DataError(f"not a state of a ShardStream, version 1 or 2: {str(dict(state))[:200]}")
         # Version 1 knew one source and one order.
         state = {"order": "full", "bucket_by": None, **state}
+        here = dict(self._identity)
         if self._order_is_auto and state["order"] in ("full", "window"):
-            self._identity["order"] = state["order"]
-            self._assembler.draw.set_order(state["order"])
+            here["order"] = state["order"]  # the shards may have moved to or from a remote store
         words = {
             "num_samples": "number of samples",
             "num_shards": "number of shards",
@@ -528,15 +528,18 @@ class ShardStream:
             "bucket_by": "bucket_by",
         }
         differences = [
-            f"{word}: {state.get(name)} in the state, {self._identity[name]} here"
+            f"{word}: {state.get(name)} in the state, {here[name]} here"
             for name, word in words.items()
-            if state.get(name) != self._identity[name]
+            if state.get(name) != here[name]
         ]
-        differences += _source_differences(state.get("sources"), self._identity.get("sources"))
-        if not differences and state.get("fingerprint") != self._identity["fingerprint"]:
+        differences += _source_differences(state.get("sources"), here.get("sources"))
+        if not differences and state.get("fingerprint") != here["fingerprint"]:
             differences = ["the shards: as many, with as many samples, but other names, order or contents"]
         if differences:
             raise DataError(f"the state belongs to another stream; differing are {'; '.join(differences)}")
+        if here["order"] != self._identity["order"]:
+            self._identity = here
+            self._assembler.draw.set_order(here["order"])
         self.seek(state["step"])
         blend = self._assembler.draw.blend
         if blend is not None:
