@@ -537,10 +537,10 @@ class ShardStream:
             differences = ["the shards: as many, with as many samples, but other names, order or contents"]
         if differences:
             raise DataError(f"the state belongs to another stream; differing are {'; '.join(differences)}")
+        self.seek(state["step"])
         if here["order"] != self._identity["order"]:
             self._identity = here
             self._assembler.draw.set_order(here["order"])
-        self.seek(state["step"])
         blend = self._assembler.draw.blend
         if blend is not None:
             blend.load(state["blend"], state["step"] * self._assembler.batch_size)
