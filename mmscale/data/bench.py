@@ -215,7 +215,8 @@ def bench(
     sources = {name: spec.source for name, spec in chosen.items()}
     batch_size = min(MAX_BATCH, num_samples)
     bytes_of = {
-        name: replace(spec, read=_same, augment=None, read_train=None, shape=None) for name, spec in chosen.items()
+        name: replace(spec, read=_same, augment=None, read_train=None, shape=None)
+        for name, spec in chosen.items()
     }
     raw = _measure(urls, bytes_of or None, batch_size, threads, seconds, seed=0)
     if not chosen:
