@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -310,11 +311,25 @@ def _job_map(arguments: argparse.Namespace) -> Any:
         from mmscale.data.jobs import local_map
 
         return local_map(arguments.workers)
-    # Ray writes to stdout, among our results, that it tries again; what it can't mend is an error here.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    # Ray's threads write to stdout, among our results, that it tries again.
+    sys.stdout = _OwnOutput(sys.stdout)
     from mmscale_launcher.tools import ray_map
 
     return ray_map(arguments.address)
+
+
+class _OwnOutput:
+    """Stdout for what this program's main thread prints; what other threads print goes to stderr."""
+
+    def __init__(self, stdout: Any) -> None:
+        self._stdout = stdout
+
+    def write(self, text: str) -> int:
+        is_ours = threading.current_thread() is threading.main_thread()
+        return int((self._stdout if is_ours else sys.stderr).write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stdout, name)
 
 
 def data_bench(arguments: argparse.Namespace) -> None:
