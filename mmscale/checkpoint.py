@@ -30,17 +30,13 @@ from safetensors.torch import load_file, save_file
 
 from mmscale.config import Config, load_config
 from mmscale.engine import Engine, load_deepspeed
-from mmscale.errors import ConfigError, UserError
+from mmscale.errors import CheckpointError, ConfigError, UserError
 from mmscale.models import Model
 from mmscale.tasks import model_for
 from mmscale.world import World
 
 TAG = "deepspeed"
 MANIFEST = "manifest.json"
-
-
-class CheckpointError(UserError):
-    """A checkpoint can't be written or none can be read. The message names the folder and the file."""
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,9 @@ class RunConfig(Section):
 
     name: str
     dir: Annotated[str, Field(min_length=1)] | None = None  # default: runs/NAME below the working directory
+    checkpoints: Annotated[str, Field(min_length=1)] | None = (
+        None  # a folder or an fsspec URL (s3://bucket/run); default: checkpoints/ in the run's folder
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     resume: Literal["auto", "never", "must"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -365,9 +368,23 @@ class TrainConfig(Section):
     duration: DurationText = "1000"
     accumulation: PositiveInt = 1  # micro-batches in a step, for each rank
     log_every: PositiveInt = 10  # steps
+    log_keys: bool = False  # keys/rank-R.jsonl: which samples each step of a rank has read
     save_every: DurationText = "25%"
+    save_clock: DurationText | None = None  # besides: "10m", so that a slow run loses no more than that
     eval_every: DurationText | None = None  # besides before and after
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_best: str | None = None  # besides: the best by SET/TASK/METRIC of the evaluations
+    max_failed_saves: PositiveInt = 3  # in a row, until the run ends
+
+
+class GuardConfig(Section):
+    """What is done about steps that would harm the model. See `mmscale.guards`."""
+
+    max_bad_steps: PositiveInt = 3  # with non-finite gradients, in a row: then back to the last checkpoint
+    max_rollbacks: Annotated[int, Field(ge=0)] = 2  # until the run ends
+    spike_z: Annotated[float, Field(ge=0)] = 8.0  # robust z-score of a loss that is a spike; 0 = never
+    spike_window: Annotated[int, Field(ge=8)] = 64  # steps that it is compared with
+    on_spike: Literal["warn", "rollback"] = "warn"
 
 
 class EngineConfig(Section):
@@ -407,7 +424,15 @@ class EvalConfig(Section):
 class LaunchConfig(Section):
     nodes: PositiveInt = 1
     workers_per_node: PositiveInt | None = None  # default: the GPUs of a node, else two
-    max_restarts: Annotated[int, Field(ge=0)] = 3
+    min_workers: PositiveInt | None = None  # go on with as few when nodes are lost; default: all are needed
+    max_restarts: Annotated[int, Field(ge=0)] = 10  # after failures of machines, links and processes
+    backoff_s: Annotated[float, Field(ge=0)] = 1.0  # before a restart; doubled at each without progress
+    max_backoff_s: Annotated[float, Field(ge=0)] = 60.0
+    start_s: Annotated[float, Field(gt=0)] = 600.0  # until a rank's first step
+    hang_s: Annotated[float, Field(gt=0)] = 15.0  # without progress, and ...
+    hang_steps: Annotated[float, Field(gt=0)] = 10.0  # ... as many median steps: then a rank hangs
+    lease_s: Annotated[float, Field(ge=5)] = 20.0  # on a cluster: ranks end that don't hear the launcher
+    preflight: bool = True  # `mmscale doctor` first
 
 
 class Config(Section):
@@ -420,6 +445,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
+    guard: GuardConfig = GuardConfig()
     evals: EvalConfig = EvalConfig()
     launch: LaunchConfig = LaunchConfig()
 
@@ -506,6 +532,10 @@ def _problems_between(sections: Mapping[str, Any]) -> list[str]:
         )
     if train and duration_unit(train.duration) == "%":
         problems.append(f"train.duration={train.duration} is a share of itself: {_DURATION_HELP}")
+    if train and train.save_clock is not None and duration_unit(train.save_clock) not in ("m", "h"):
+        problems.append(
+            f"train.save_clock={train.save_clock} must be wall time, as 10m; train.save_every takes steps"
+        )
     if train and train.eval_every is not None:
         if duration_unit(train.eval_every) in ("m", "h"):
             problems.append(

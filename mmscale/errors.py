@@ -27,3 +27,23 @@ class Preempted(UserError):
     """Stopped early on request, with a checkpoint from which the same command resumes."""
 
     exit_code = 75
+
+    by_request = False  # by `mmscale stop` or the launcher, rather than by a signal to a rank
+
+
+class CheckpointError(UserError):
+    """A checkpoint can't be written or none can be read. The message names the folder and the file."""
+
+    exit_code = 14
+
+
+class Diverged(UserError):
+    """The loss or the gradients aren't finite, and going back to a checkpoint didn't help."""
+
+    exit_code = 15
+
+
+class Fenced(UserError):
+    """Another attempt has taken the run over, so this one may write no more."""
+
+    exit_code = 17
