@@ -140,7 +140,7 @@ class RunConfig(Section):
     name: str
     dir: Annotated[str, Field(min_length=1)] | None = None  # default: runs/NAME below the working directory
     checkpoints: Annotated[str, Field(min_length=1)] | None = (
-        None  # a folder or an fsspec URL (s3://bucket/run); default: checkpoints/ in the run's folder
+        None  # a folder or an fsspec URL, and below it the run's name; default: checkpoints/ in the run's folder
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     resume: Literal["auto", "never", "must"] = "auto"

@@ -256,8 +256,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Replaces a JSON lines file, whole or not at all."""
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file, whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -8,21 +8,25 @@ has no checkpoint yet: then there is nothing to lose, and the folder is taken ov
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
+import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from mmscale.checkpoint import complete
 from mmscale.config import Config, load_config
-from mmscale.errors import ConfigError, UserError
-from mmscale.metrics import Event, Writer, read_json_lines, write_json_lines
+from mmscale.errors import ConfigError, Fenced, UserError
+from mmscale.metrics import Event, Writer, read_json_lines, write_json_lines, write_whole
 from mmscale.tasks.base import Metric
 from mmscale.world import World
 
@@ -44,11 +48,22 @@ FREE_TO_CHANGE = (
     "data.cache_mb:",
     "data.on_error:",
     "data.error_budget:",
+    "guard.",
+    "train.accumulation:",  # another number of workers, the same global batch
     "train.log_every:",
+    "train.log_keys:",
     "train.save_every:",
+    "train.save_clock:",
     "train.keep_checkpoints:",
+    "train.keep_best:",
+    "train.max_failed_saves:",
     "engine.timeout:",
 )
+
+ATTEMPT = "MMSCALE_ATTEMPT"  # in the environment: the id of the attempt that a launcher has begun
+CAPTURE = "MMSCALE_CAPTURE_OUTPUT"  # in the environment: whatever the process writes goes to the rank's log
+STOP_FILE = "stop"  # in a run's folder: asks it to save and stop
+STOP_PATIENCE_S = 1.0  # between looks at that file, which may lie on a network file system
 
 LOCK_PATIENCE_S = 5.0  # how long a process that was just killed may take to let go of its run
 
@@ -59,16 +74,48 @@ class Run:
     lock: on rank 0, what keeps other processes out until `close`.
     """
 
-    def __init__(self, folder: Path, *, rank: int, lock: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        checkpoints: Path | str | None = None,
+        lock: TextIO | None = None,
+        attempt: str | None = None,
+    ) -> None:
         self.folder, self.rank, self._lock = folder, rank, lock
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints: Path | str = folder / "checkpoints" if checkpoints is None else checkpoints
         self.emit: Callable[[Event], None] = lambda event: None
+        self.attempt = attempt
         self._log = folder / "logs" / f"rank-{rank}.log"
+        self._keys: TextIO | None = None
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        if os.environ.get(CAPTURE):
+            _capture(self._log)
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        for file in (self._keys, self._lock):
+            if file is not None:
+                file.close()
+
+    def check_owner(self) -> None:
+        """Raises Fenced if another attempt has taken the run over since: whoever writes then must stop."""
+        owner = (self.folder / "attempt").read_text(encoding="utf-8").strip()
+        if self.attempt is not None and owner != self.attempt:
+            raise Fenced(f"{self.folder} belongs to attempt {owner} by now; this is {self.attempt}")
+
+    def log_keys(self, step: int, keys: Sequence[str]) -> None:
+        """Notes which samples this rank's part of a step was made of."""
+        if self._keys is None:
+            path = _keys_file(self.folder, self.rank)
+            path.parent.mkdir(exist_ok=True)
+            self._keys = path.open("a", encoding="utf-8", buffering=1)
+        self._keys.write(json.dumps({"step": step, "keys": list(keys)}, ensure_ascii=False) + "\n")
+
+    def forget_keys(self, after: int) -> None:
+        """Rank 0, before the others write: drops what was noted of steps that will be done again."""
+        for path in self.folder.glob(str(_keys_file(Path(), "*"))):
+            write_json_lines(path, [line for line in read_json_lines(path) if line["step"] <= after])
 
     def log(self, text: str) -> None:
         # A log must not end what it tells of, as on a full disk.
@@ -120,16 +167,30 @@ class Run:
 
 def open_run(config: Config, world: World) -> Run:
     """Claims the run's folder. Collective: rank 0 decides. Raises ConfigError on every rank."""
-    folder, lock, error = None, None, None
+    folder, lock, attempt, error = None, None, None, None
     if world.rank == 0:
         try:
             folder, lock = _claim(config)
+            attempt = os.environ.get(ATTEMPT) or uuid.uuid4().hex
+            write_whole(folder / "attempt", f"{attempt}\n")
+            (folder / STOP_FILE).unlink(missing_ok=True)  # it was for those before us
         except OSError as caught:
             error = ConfigError(f"the run's folder can't be made: {caught}")
         except ConfigError as caught:
             error = caught
     world.agree(error)
-    return Run(world.gather(folder)[0], rank=world.rank, lock=lock)
+    folder, attempt = world.gather((folder, attempt))[0]
+    place = checkpoints_of(config, folder)
+    return Run(folder, rank=world.rank, checkpoints=place, lock=lock, attempt=attempt)
+
+
+def checkpoints_of(config: Config, folder: Path) -> Path | str:
+    """Where the checkpoints of a run in `folder` lie: a local path, or the text of an fsspec URL."""
+    if config.run.checkpoints is None:
+        return folder / "checkpoints"
+    if "://" in config.run.checkpoints:
+        return f"{config.run.checkpoints.rstrip('/')}/{folder.name}"
+    return Path(config.run.checkpoints) / folder.name
 
 
 def run_folder(config: Config) -> Path:
@@ -145,7 +206,7 @@ def _claim(config: Config) -> tuple[Path, TextIO]:
     folder, number = first, 1
     while True:
         if not _is_taken(folder, resume):
-            if resume == "must" and not complete(folder / "checkpoints"):
+            if resume == "must" and not complete(checkpoints_of(config, folder)):
                 finished = f"; {first} is finished" if is_finished(first) else ""
                 raise ConfigError(
                     f"run.resume=must: there is no checkpoint to resume from in {folder}{finished}"
@@ -163,7 +224,7 @@ def _claim(config: Config) -> tuple[Path, TextIO]:
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
     try:
-        if complete(folder / "checkpoints"):
+        if _has_checkpoint(folder, config):
             _check_same(folder, config)
         else:
             _start_over(folder, config)
@@ -171,6 +232,13 @@ def _claim(config: Config) -> tuple[Path, TextIO]:
         lock.close()
         raise
     return folder, lock
+
+
+def _has_checkpoint(folder: Path, config: Config) -> bool:
+    """Where the folder's own config puts them: under another run.checkpoints a run would start over silently."""
+    if (folder / "config.json").is_file():
+        config = load_config(folder / "config.json")
+    return bool(complete(checkpoints_of(config, folder)))
 
 
 def _is_taken(folder: Path, resume: str) -> bool:
@@ -191,12 +259,10 @@ def _check_same(folder: Path, config: Config) -> None:
 
 def _start_over(folder: Path, config: Config) -> None:
     """Makes the folder this config's, without what a run left that ended before its first checkpoint."""
-    for pattern in ("metrics.jsonl", "evals.jsonl", "quarantine.jsonl", "events.out.tfevents.*"):
+    for pattern in ("metrics.jsonl", "evals.jsonl", "quarantine.jsonl", "events.out.tfevents.*", "keys/*"):
         for path in folder.glob(pattern):
             path.unlink()
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(config.to_json(), encoding="utf-8")
-    temporary.rename(folder / "config.json")
+    write_whole(folder / "config.json", config.to_json())
 
 
 def _lock(folder: Path) -> TextIO:
@@ -224,16 +290,43 @@ def _lock(folder: Path) -> TextIO:
 
 
 class StopRequest:
-    """Set by SIGTERM until `close`, where signals reach us: only the main thread may listen."""
+    """Whether this rank has been told to save and stop: by SIGTERM, or by a file in the run's folder.
 
-    def __init__(self) -> None:
-        self.requested, self._before = False, None
+    Signals reach us until `close`, and only in the main thread. on_signal: called in the handler.
+    """
+
+    def __init__(self, on_signal: Callable[[], None] = lambda: None) -> None:
+        self.by_signal, self._before, self._on_signal = False, None, on_signal
+        self._looked_s, self._by_file = float("-inf"), False
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._request)
+
+    def by_file(self, folder: Path) -> bool:
+        """Looks into the run's folder, once a second at most."""
+        now = time.monotonic()
+        if not self._by_file and now - self._looked_s >= STOP_PATIENCE_S:
+            self._looked_s, self._by_file = now, (folder / STOP_FILE).exists()
+        return self._by_file
 
     def close(self) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
     def _request(self, number: int, frame: object) -> None:
-        self.requested = True
+        self.by_signal = True
+        self._on_signal()
+
+
+def _keys_file(folder: Path, rank: int | str) -> Path:
+    return folder / "keys" / f"rank-{rank}.jsonl"
+
+
+def _capture(log: Path) -> None:
+    """Lets this process, and libraries in it, write to the rank's log; SIGUSR2 makes it write its Python stacks."""
+    with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGUSR2, file=2)

@@ -23,6 +23,7 @@ from mmscale.engine import Engine
 from mmscale.errors import ConfigError, Preempted, UserError
 from mmscale.evals.evaluate import evaluate
 from mmscale.evals.report import write_report
+from mmscale.heartbeat import Heartbeat
 from mmscale.metrics import Event, LoaderMeter, Window, Writer, mean_losses, peak_memory_gib
 from mmscale.optim import learning_rate
 from mmscale.pipeline import (
@@ -53,13 +54,14 @@ def train(
     """
     world = init_world(device=config.run.device, threads=config.run.threads, timeout=config.engine.timeout)
     run: Run | None = None
-    stop = StopRequest()
+    beat = Heartbeat.from_environment()
+    stop = StopRequest(beat.set_stop)
     try:
         check_world(config, world)
         run = open_run(config, world)
         run.emit = on_event if on_event is not None and world.rank == 0 else run.emit
         run.emit({"event": "start", "folder": str(run.folder.absolute())})
-        report = _train(config, world, run, stop, pipeline)
+        report = _train(config, world, run, stop, beat, pipeline)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno:  # the disk, mostly, and a full one doesn't say which
             error = UserError(f"{error.filename or (run and run.folder)}: {error.strerror}")
@@ -77,7 +79,7 @@ def train(
 
 
 def _train(
-    config: Config, world: World, run: Run, stop: StopRequest, pipeline: Pipeline | None
+    config: Config, world: World, run: Run, stop: StopRequest, beat: Heartbeat, pipeline: Pipeline | None
 ) -> dict[str, Any]:
     tasks = {name: TASKS[name]() for name, weight in config.tasks.items() if weight > 0}
     error: Exception | None = None
@@ -154,20 +156,27 @@ def _train(
     meter = LoaderMeter(stream, world, run.folder, counts=faults, step=step, budget=config.data.error_budget)
     writer = Writer(run.folder, resume_step=step) if world.rank == 0 else None
 
+    if world.rank == 0:
+        run.forget_keys(after=step)
+    beat.resume_at(step=step, samples=step * config.data.batch_size)
     window = Window(before_s=before_s)
     pending: list[tuple[str, torch.Tensor]] = []  # the losses since the last log, on the device
 
     def run_evaluation(at: int) -> None:
         resume = window.pause()
+        beat.phase("eval")
         run.say(f"evaluating at step {at} on {', '.join(config.data.evals)}")
         for name, shards in config.data.evals.items():
-            results = evaluate(engine.deepspeed, engine.model, tasks, shards, config=config, world=world)
+            results = evaluate(
+                engine.deepspeed, engine.model, tasks, shards, config=config, world=world, on_batch=beat.beat
+            )
             run.add_evaluation(at, name, results, writer)
         resume()
 
     def save(at: int) -> None:
         nonlocal last_saved
         resume = window.pause()
+        beat.phase("save")
         if pending:
             checkpoint.check_finite(mean_losses(pending, world), at, config.optim.lr, run.checkpoints)
         state = {
@@ -193,6 +202,7 @@ def _train(
     while not at_end:
         # Next batch. One small host-side sum tells every rank what it must know to do the same as the others.
         begin = time.perf_counter()
+        beat.phase("data")
         batch, error = None, None
         try:
             batch = next(batches)
@@ -208,9 +218,13 @@ def _train(
         out_of_time = limit.seconds is not None and window.total_s >= limit.seconds and world.rank == 0
         save_by_clock = save_every.seconds is not None and time.monotonic() - last_save >= save_every.seconds
         save_by_clock = save_by_clock and world.rank == 0
-        flags = [error is not None, stop.requested, out_of_time, save_by_clock]
+        asked = world.rank == 0 and stop.by_file(run.folder)
+        flags = [error is not None, stop.by_signal, asked, out_of_time, save_by_clock]
+        beat.phase("sync")
         sums = world.sum([*flags, rows, weight, tokens, wait, meter.num_new()])
-        failed, stopped, ended, save_now, all_rows, all_weight, all_tokens, all_wait, all_faults = sums
+        failed, signalled, asked, ended, save_now = map(bool, sums[: len(flags)])
+        all_rows, all_weight, all_tokens, all_wait, all_faults = sums[len(flags) :]
+        stopped = signalled or asked
         if failed:
             world.agree(error)
         meter.record(all_faults, (step + 1) * config.data.batch_size)
@@ -218,13 +232,17 @@ def _train(
         # Forward, backward, optimizer step.
         rate = learning_rate(config.optim, step, warmup_steps=warmup, total_steps=total_steps)
         if all_rows:
+            beat.phase("forward")
             engine.set_learning_rate(rate)
             on_device = [to_device(drop_complete(part), world.device) for part in parts]
             pending.append((name, engine.train_step(task, on_device, weight=all_weight)))
         else:
             skipped += 1
         step += 1
-        at_end = step == total_steps or bool(ended)
+        beat.end_step(step=step, samples=step * config.data.batch_size)
+        if config.train.log_keys and batch is not None:
+            run.log_keys(step, batch.sample_keys)
+        at_end = step == total_steps or ended
         window.add(samples=config.data.batch_size, tokens=round(all_tokens), wait_s=all_wait / world.size)
 
         # Log: the one place where the device is waited for.
@@ -265,7 +283,9 @@ def _train(
             save(step)
             last_save = time.monotonic()
         if stopped and not at_end:
-            raise Preempted(f"stopped at step {step}, saved; the same command goes on from there")
+            told = Preempted(f"stopped at step {step}, saved; the same command goes on from there")
+            told.by_request = asked
+            raise told
 
     if last_saved != step:
         save(step)

@@ -28,10 +28,12 @@ def evaluate(
     *,
     config: Config,
     world: World,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Metrics]:
     """The metrics of each task, by task name, on every rank. Collective.
 
     forward runs a function of the model (`forward(task.score, batch)`): the model itself, or the engine around it.
+    on_batch: called after each batch, for those who watch for progress.
     Raises DataError on all ranks.
     """
     model.eval()
@@ -39,7 +41,7 @@ def evaluate(
     for name, task in tasks.items():
         limit = config.evals.num_generated if task.generates else None
         scores, num_unreadable = _scores(
-            forward, model, task, shards, config=config, world=world, limit=limit
+            forward, model, task, shards, config=config, world=world, limit=limit, on_batch=on_batch
         )
         results[name] = task.metrics(scores, num_candidates=config.evals.num_candidates)
         if num_unreadable:
@@ -57,6 +59,7 @@ def _scores(
     config: Config,
     world: World,
     limit: int | None,
+    on_batch: Callable[[], None],
 ) -> tuple[dict[str, Tensor], int]:
     names = [*task.fields, *(name for name, f in config.data.fields.items() if f.modality == "label")]
     stream = eval_stream(config, model, world, shards, names=names)
@@ -75,6 +78,7 @@ def _scores(
         scores = forward(task.score, to_device(batch.tensors, world.device))
         batches.append({**{k: v.cpu() for k, v in scores.items()}, "valid": torch.from_numpy(batch.valid)})
         seen += len(batch) * world.size
+        on_batch()
     stream.close()
     gathered = {
         key: world.gather_rows(torch.stack([one[key] for one in batches])).flatten(0, 2) for key in batches[0]

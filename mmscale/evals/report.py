@@ -17,7 +17,7 @@ from mmscale.checkpoint import complete, load_model
 from mmscale.config import Config
 from mmscale.data import Field, ShardStream
 from mmscale.data.decode import decode_image
-from mmscale.metrics import Writer, clock_text
+from mmscale.metrics import Writer, clock_text, write_whole
 from mmscale.models import Model
 from mmscale.runs import Run
 from mmscale.tasks.base import Metric
@@ -43,9 +43,7 @@ def write_report(run: Run, config: Config, report: dict[str, Any], *, writer: Wr
     report = {**report, "files": {name: str(run.folder / path) for name, path in files.items()}}
     report["next"] = next_commands(run.folder, config)
     (run.folder / "report.md").write_text(to_markdown(report, config), encoding="utf-8")
-    temporary = run.folder / "report.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(run.folder / "report.json")
+    write_whole(run.folder / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
