@@ -83,9 +83,6 @@ def parse_duration(
     return Duration(steps=max(1, round(steps)) if value else 0)
 
 
-# --------------------------------------------------------------------------------------------------- sections
-
-
 def duration_unit(text: str) -> str:
     """The unit of a duration's text: "" (steps), "ep", "ex", "%", "m" or "h"."""
     match = _DURATION.fullmatch(text)
@@ -112,6 +109,8 @@ def _check_sources(value: object) -> object:
             raise ValueError(f"source {name}: {error}") from None
     return value
 
+
+# --------------------------------------------------------------------------------------------------- sections
 
 DurationText = Annotated[str, BeforeValidator(check_duration)]
 Shards = Annotated[str | list[str], BeforeValidator(_check_shards)]
@@ -507,6 +506,44 @@ class Config(Section):
             for key in sorted({*mine, *theirs})
             if mine.get(key) != theirs.get(key)
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Durations:
+    """The lengths in a config as numbers; None where it sets none of that kind."""
+
+    total_steps: int | None
+    total_s: float | None
+    warmup_steps: int
+    save_steps: int | None
+    save_s: float | None  # the shortest of what is given
+    eval_steps: int | None
+
+    @staticmethod
+    def of(config: Config, samples_per_epoch: int) -> Durations:
+        def convert(text: str, total: int | None = None) -> Duration:
+            return parse_duration(
+                text,
+                batch_size=config.data.batch_size,
+                samples_per_epoch=samples_per_epoch,
+                total_steps=total,
+            )
+
+        train = config.train
+        total = convert(train.duration)
+        save, clock = (
+            convert(text, total.steps) if text else Duration()
+            for text in (train.save_every, train.save_clock)
+        )
+        seconds = [part.seconds for part in (save, clock) if part.seconds is not None]
+        return Durations(
+            total_steps=total.steps,
+            total_s=total.seconds,
+            warmup_steps=convert(config.optim.warmup, total.steps).steps or 0,
+            save_steps=save.steps or None,
+            save_s=min(seconds, default=None),
+            eval_steps=convert(train.eval_every, total.steps).steps if train.eval_every else None,
+        )
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from mmscale.errors import DataError
+from mmscale.heartbeat import Heartbeat
 from mmscale.world import World
 
 Event = dict[str, Any]
@@ -193,6 +194,15 @@ def mean_losses(pending: Sequence[tuple[str, torch.Tensor]], world: World) -> di
     for (name, _), value in zip(pending, values, strict=True):
         groups.setdefault(name, []).append(value)
     return {name: sum(group) / len(group) for name, group in groups.items()}
+
+
+def all_ranks(beat: Heartbeat, world: World) -> dict[str, float]:
+    """What the slowest and the largest rank needs: seconds of each phase of a step, its memory. Collective."""
+    memory = peak_memory_gib(world.device)
+    if world.device.type == "cuda":
+        beat.set_device_bytes(memory * 2**30)
+    parts = world.gather({"mem_gib": memory, **{f"time/{k}_s": v for k, v in beat.recent_s().items() if v}})
+    return {name: max(part.get(name, 0.0) for part in parts) for part in parts for name in part}
 
 
 def peak_memory_gib(device: torch.device) -> float:

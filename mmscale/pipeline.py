@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mmscale.data.foreign import Pipeline, PipelineStream
 from mmscale.data.storage import Storage
 from mmscale.errors import ConfigError, DataError
 from mmscale.models import Model
-from mmscale.tasks import Task
+from mmscale.tasks import Task, model_for, schedule
 from mmscale.world import World
 
 
@@ -157,6 +157,33 @@ def train_stream(
         pool=pool,
         **common,
     )
+
+
+def open_run_data(
+    config: Config, tasks: Mapping[str, Task], world: World, pipeline: Pipeline | None
+) -> tuple[Model, ShardStream | PipelineStream]:
+    """The model, and the stream it trains on, checked for all tasks; the shards of evaluations are opened too.
+
+    Collective: an error of one rank is raised on all.
+    """
+    error: Exception | None = None
+    try:
+        model = model_for(config)
+        stream = train_stream(
+            config,
+            model,
+            world,
+            select=lambda step: fields_of(config, tasks[schedule(config.tasks, step)]),
+            pipeline=pipeline,
+        )
+        for name, task in tasks.items():
+            check_fields(stream, config, name, task)
+        for shards in config.data.evals.values():  # now rather than when the training is done
+            eval_stream(config, model, world, shards, names=()).close()
+    except Exception as caught:
+        error = caught
+    world.agree(error)
+    return model, stream
 
 
 def eval_stream(

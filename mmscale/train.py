@@ -16,7 +16,7 @@ import torch
 from mmscale_kernels import configs as kernel_configs
 
 from mmscale import checkpoint
-from mmscale.config import Config, parse_duration
+from mmscale.config import Config, Durations
 from mmscale.data.batch import to_device
 from mmscale.data.foreign import Pipeline
 from mmscale.engine import Engine
@@ -24,19 +24,11 @@ from mmscale.errors import ConfigError, Preempted, UserError
 from mmscale.evals.evaluate import evaluate
 from mmscale.evals.report import write_report
 from mmscale.heartbeat import Heartbeat
-from mmscale.metrics import Event, LoaderMeter, Window, Writer, mean_losses, peak_memory_gib
+from mmscale.metrics import Event, LoaderMeter, Window, Writer, all_ranks, mean_losses
 from mmscale.optim import learning_rate
-from mmscale.pipeline import (
-    check_fields,
-    check_world,
-    drop_complete,
-    eval_stream,
-    fields_of,
-    micro_batches,
-    train_stream,
-)
+from mmscale.pipeline import check_world, drop_complete, micro_batches, open_run_data
 from mmscale.runs import Run, StopRequest, open_run
-from mmscale.tasks import TASKS, model_for, schedule
+from mmscale.tasks import TASKS, schedule
 from mmscale.world import World, close_world, init_world
 
 
@@ -82,37 +74,9 @@ def _train(
     config: Config, world: World, run: Run, stop: StopRequest, beat: Heartbeat, pipeline: Pipeline | None
 ) -> dict[str, Any]:
     tasks = {name: TASKS[name]() for name, weight in config.tasks.items() if weight > 0}
-    error: Exception | None = None
-    try:
-        model = model_for(config)
-        stream = train_stream(
-            config,
-            model,
-            world,
-            select=lambda step: fields_of(config, tasks[schedule(config.tasks, step)]),
-            pipeline=pipeline,
-        )
-        for name, task in tasks.items():
-            check_fields(stream, config, name, task)
-        for shards in config.data.evals.values():  # now rather than when the training is done
-            eval_stream(config, model, world, shards, names=()).close()
-    except Exception as caught:
-        error = caught
-    world.agree(error)
-
-    def duration(text: str, total: int | None = None) -> Any:
-        return parse_duration(
-            text,
-            batch_size=config.data.batch_size,
-            samples_per_epoch=stream.num_samples,
-            total_steps=total,
-        )
-
-    limit = duration(config.train.duration)
-    total_steps = limit.steps
-    warmup = duration(config.optim.warmup, total_steps).steps or 0
-    save_every = duration(config.train.save_every, total_steps)
-    eval_every = duration(config.train.eval_every, total_steps) if config.train.eval_every else None
+    model, stream = open_run_data(config, tasks, world, pipeline)
+    plan = Durations.of(config, stream.num_samples)
+    total_steps, batch_size = plan.total_steps, config.data.batch_size
 
     found, problems = checkpoint.find(run.checkpoints, world)
     for problem in problems:
@@ -126,7 +90,7 @@ def _train(
         config=config.engine,
         optim=config.optim,
         world=world,
-        micro_batch=config.data.batch_size // (world.size * num_parts),
+        micro_batch=batch_size // (world.size * num_parts),
         accumulation=num_parts,
         universal=universal,
     )
@@ -148,7 +112,7 @@ def _train(
         run.say(
             f"{num_parameters / 1e6:.1f} M parameters, ZeRO-{config.engine.zero_stage}, {config.engine.precision}, "
             f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; "
-            f"{stream.num_samples} samples, {config.data.batch_size} a step"
+            f"{stream.num_samples} samples, {batch_size} a step"
         )
 
     for text in stream.notes():
@@ -158,7 +122,7 @@ def _train(
 
     if world.rank == 0:
         run.forget_keys(after=step)
-    beat.resume_at(step=step, samples=step * config.data.batch_size)
+    beat.resume_at(step=step, samples=step * batch_size)
     window = Window(before_s=before_s)
     pending: list[tuple[str, torch.Tensor]] = []  # the losses since the last log, on the device
 
@@ -197,7 +161,7 @@ def _train(
         run_evaluation(0)
     last_save = time.monotonic()
     batches = iter(stream)
-    at_end = step == total_steps or (limit.seconds is not None and before_s >= limit.seconds)
+    at_end = step == total_steps or (plan.total_s is not None and before_s >= plan.total_s)
 
     while not at_end:
         # Next batch. One small host-side sum tells every rank what it must know to do the same as the others.
@@ -215,11 +179,10 @@ def _train(
         rows = sum(len(part["usable"]["x"]) for part in parts)
         weight = 1.0 if task.coupled else sum(task.weight(part) for part in parts)
         tokens = sum(model.modality(field).num_tokens(part[field]) for part in parts for field in task.fields)
-        out_of_time = limit.seconds is not None and window.total_s >= limit.seconds and world.rank == 0
-        save_by_clock = save_every.seconds is not None and time.monotonic() - last_save >= save_every.seconds
-        save_by_clock = save_by_clock and world.rank == 0
+        out_of_time = plan.total_s is not None and window.total_s >= plan.total_s and world.rank == 0
+        late = plan.save_s is not None and time.monotonic() - last_save >= plan.save_s and world.rank == 0
         asked = world.rank == 0 and stop.by_file(run.folder)
-        flags = [error is not None, stop.by_signal, asked, out_of_time, save_by_clock]
+        flags = [error is not None, stop.by_signal, asked, out_of_time, late]
         beat.phase("sync")
         sums = world.sum([*flags, rows, weight, tokens, wait, meter.num_new()])
         failed, signalled, asked, ended, save_now = map(bool, sums[: len(flags)])
@@ -227,10 +190,10 @@ def _train(
         stopped = signalled or asked
         if failed:
             world.agree(error)
-        meter.record(all_faults, (step + 1) * config.data.batch_size)
+        meter.record(all_faults, (step + 1) * batch_size)
 
         # Forward, backward, optimizer step.
-        rate = learning_rate(config.optim, step, warmup_steps=warmup, total_steps=total_steps)
+        rate = learning_rate(config.optim, step, warmup_steps=plan.warmup_steps, total_steps=total_steps)
         if all_rows:
             beat.phase("forward")
             engine.set_learning_rate(rate)
@@ -239,11 +202,11 @@ def _train(
         else:
             skipped += 1
         step += 1
-        beat.end_step(step=step, samples=step * config.data.batch_size)
+        beat.end_step(step=step, samples=step * batch_size)
         if config.train.log_keys and batch is not None:
             run.log_keys(step, batch.sample_keys)
         at_end = step == total_steps or ended
-        window.add(samples=config.data.batch_size, tokens=round(all_tokens), wait_s=all_wait / world.size)
+        window.add(samples=batch_size, tokens=round(all_tokens), wait_s=all_wait / world.size)
 
         # Log: the one place where the device is waited for.
         if pending and (step % config.train.log_every == 0 or at_end or stopped):
@@ -252,17 +215,15 @@ def _train(
             pending.clear()
             line = {
                 "step": step,
-                "samples": step * config.data.batch_size,
-                "epoch": step * config.data.batch_size / stream.num_samples,
+                "samples": step * batch_size,
+                "epoch": step * batch_size / stream.num_samples,
                 "loss": losses["all"],
                 "lr": rate,
-                "samples_per_s": rates["samples_per_s"],
-                "tokens_per_s": rates["tokens_per_s"],
-                "data_wait_frac": rates["data_wait_frac"],
-                "mem_gib": peak_memory_gib(world.device),
+                **rates,
                 "mfu": None,
                 "grad_norm": engine.gradient_norm,
-                **meter.rates(step * config.data.batch_size),
+                **all_ranks(beat, world),
+                **meter.rates(step * batch_size),
                 **{f"loss/{name}": value for name, value in losses.items() if name != "all"},
             }
             if writer is not None:
@@ -277,9 +238,9 @@ def _train(
             checkpoint.check_finite(losses, step, config.optim.lr, run.checkpoints)
 
         # Evaluate, save, stop.
-        if eval_every is not None and step % eval_every.steps == 0 and not at_end:
+        if plan.eval_steps and step % plan.eval_steps == 0 and not at_end:
             run_evaluation(step)
-        if save_now or (save_every.steps and step % save_every.steps == 0 and not at_end) or stopped:
+        if save_now or (plan.save_steps and step % plan.save_steps == 0 and not at_end) or stopped:
             save(step)
             last_save = time.monotonic()
         if stopped and not at_end:
@@ -293,9 +254,9 @@ def _train(
         run_evaluation(step)
     report = {
         "step": step,
-        "samples": step * config.data.batch_size,
+        "samples": step * batch_size,
         "train_seconds": window.total_s,
-        "samples_per_s": step * config.data.batch_size / window.total_s if step else None,
+        "samples_per_s": step * batch_size / window.total_s if step else None,
         "world_size": world.size,
         "device": world.device.type,
         "steps_without_usable_samples": skipped,
