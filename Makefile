@@ -2,6 +2,7 @@
 # make test    installs, runs the fast tests
 # make check   lint, types and import contracts
 # make test-long   the tests marked slow or chaos
+# make chaos       every fault of docs/reliability.md, made to happen and measured; make chaos-full with all seeds and the long soak
 # make peers   the environments of the projects that benchmarks/data_loading.py compares with
 # make test-triton36   the kernels' tests under the oldest triton that they work with
 
@@ -13,7 +14,7 @@ FAST := not slow and not chaos and not peers and not gpu
 LONG := (slow or chaos) and not peers and not gpu
 TRITON36 := $(VENV)/triton-3.6
 
-.PHONY: demo test test-long test-triton36 peers check format install clean
+.PHONY: demo test test-long chaos chaos-full test-triton36 peers check format install clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -35,6 +36,12 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m "$(LONG)"
+
+chaos: $(STAMP)
+	$(BIN)/python benchmarks/reliability.py --scale standard
+
+chaos-full: $(STAMP)
+	$(BIN)/python benchmarks/reliability.py --scale full --peer ray-train
 
 # Beside the environment, not in it: found first through PYTHONPATH. Its interpreter needs an older numpy, too.
 $(TRITON36)/.installed: $(STAMP)
