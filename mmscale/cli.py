@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from mmscale.metrics import ProgressBar
+    from mmscale.progress import ProgressBar
     from mmscale.train import train as run
 
     bar = ProgressBar()
@@ -67,7 +67,7 @@ def launch(arguments: argparse.Namespace) -> None:
     config = _config(arguments, *changes)
     from mmscale_launcher import launch as run
 
-    from mmscale.metrics import ProgressBar
+    from mmscale.progress import ProgressBar
 
     bar = ProgressBar()
     try:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from mmscale.errors import DataError
 from mmscale.heartbeat import Heartbeat
@@ -274,64 +272,3 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-class ProgressBar:
-    """Draws a run's events: a bar on a terminal, one plain line an interval in a pipe."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._bar: tqdm | None = None
-
-    def update(self, event: Event) -> None:
-        kind = event["event"]
-        if kind == "log":
-            self._log(event)
-        elif kind == "message":
-            self._say(event["text"])
-
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
-    def _log(self, event: Event) -> None:
-        step, total = event["step"], event["total_steps"]
-        facts = [
-            f"loss {event['loss']:.3f}",
-            f"{event['samples_per_s']:.0f} samples/s",
-            f"data wait {event['data_wait_frac']:.0%}",
-            *([f"bad {event['data/bad_frac']:.2%}"] if event.get("data/bad_frac") else []),
-            f"ETA {'?' if event['eta_s'] is None else clock_text(event['eta_s'])}",
-        ]
-        if not self._stream.isatty():
-            place = str(step) if total is None else f"{step}/{total}"
-            print(f"step {place}: {', '.join(facts)}", file=self._stream, flush=True)
-            return
-        if self._bar is None:
-            place = "step {n}" if total is None else "{percentage:3.0f}% |{bar:10}| {n}/{total}"
-            # The facts travel as the description: tqdm puts a comma before a postfix.
-            self._bar = tqdm(
-                total=total,
-                file=self._stream,
-                # A terminal that doesn't know its size says 0, and tqdm would draw nothing.
-                ncols=os.get_terminal_size(self._stream.fileno()).columns or 100,
-                nrows=24,
-                bar_format=place + "  {desc}",
-                mininterval=0,
-            )
-        self._bar.n = step
-        self._bar.set_description_str("  ".join(facts), refresh=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-def clock_text(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

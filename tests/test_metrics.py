@@ -1,16 +1,9 @@
-"""Metrics: the throughput arithmetic under a fake clock, what the files hold after a crash, how progress looks."""
+"""Metrics: the throughput arithmetic under a fake clock, what the files hold after a crash."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import io
 import json
 import math
-import os
-import pty
-import struct
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +15,8 @@ from mmscale.data.stream import Fault
 from mmscale.errors import DataError
 from mmscale.metrics import (
     LoaderMeter,
-    ProgressBar,
     Window,
     Writer,
-    clock_text,
     read_json_lines,
     remedy,
 )
@@ -157,85 +148,6 @@ def test_a_loss_that_is_no_number_is_still_a_line_of_json(tmp_path: Path) -> Non
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert found["loss"] is None
     assert found["grad_norm"] is None
-
-
-# ----------------------------------------------------------------------------------------------- the terminal
-
-
-def events(total: int | None) -> list[dict[str, Any]]:
-    said: list[dict[str, Any]] = [{"event": "message", "text": "64 samples, 8 a step"}]
-    for step in (10, 20):
-        eta = None if total is None else 130.0 - step
-        facts = {"loss": 30 / step, "samples_per_s": 267.7, "data_wait_frac": 0.021, "eta_s": eta}
-        said.append({"event": "log", "step": step, "total_steps": total, **facts})
-    said += [
-        {"event": "eval", "step": 20},
-        {"event": "message", "text": "resumed"},
-        {"event": "save", "step": 20},
-    ]
-    return said
-
-
-def test_progress_in_a_pipe_is_plain_lines() -> None:
-    out = io.StringIO()
-    bar = ProgressBar(out)
-    for event in [*events(800), *events(None)[1:2]]:
-        bar.update(event)
-    bar.close()
-    assert out.getvalue().splitlines() == [
-        "64 samples, 8 a step",
-        "step 10/800: loss 3.000, 268 samples/s, data wait 2%, ETA 2:00",
-        "step 20/800: loss 1.500, 268 samples/s, data wait 2%, ETA 1:50",
-        "resumed",
-        "step 10: loss 3.000, 268 samples/s, data wait 2%, ETA ?",
-    ]
-
-
-def drawn_on_a_terminal(total: int | None, *, columns: int) -> list[str]:
-    """What a terminal of this width shows: its lines after all carriage returns have done their work."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with os.fdopen(follower, "w", encoding="utf-8") as terminal:
-        bar = ProgressBar(terminal)
-        for event in events(total):
-            bar.update(event)
-        bar.close()
-    parts = []
-    with contextlib.suppress(OSError):  # how a terminal whose other side is closed says that it is empty
-        while part := os.read(leader, 4096):
-            parts.append(part)
-    os.close(leader)
-    written = b"".join(parts).decode()
-    assert "\x1b[A" not in written, "one line is enough"
-    lines = []
-    for row in written.replace("\r\n", "\n").split("\n"):
-        shown = ""
-        for text in row.split("\r"):
-            shown = text + shown[len(text) :]
-        lines.append(shown.rstrip())
-    return [row for row in lines if row]
-
-
-@pytest.mark.parametrize(
-    ("total", "last"),
-    [
-        (800, "  2% |▎         | 20/800  loss 1.500  268 samples/s  data wait 2%  ETA 1:50"),
-        (None, "step 20  loss 1.500  268 samples/s  data wait 2%  ETA ?"),
-    ],
-)
-def test_progress_on_a_terminal_is_one_bar_with_messages_above(total: int | None, last: str) -> None:
-    assert drawn_on_a_terminal(total, columns=80) == ["64 samples, 8 a step", "resumed", last]
-
-
-def test_a_narrow_terminal_never_wraps() -> None:
-    assert all(len(text) <= 40 for text in drawn_on_a_terminal(800, columns=40))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599.4, "59:59"), (3600, "1:00:00")]
-)
-def test_clock_text(seconds: float, text: str) -> None:
-    assert clock_text(seconds) == text
 
 
 # ------------------------------------------------------------------------------------------------------ the loader

@@ -17,8 +17,9 @@ from mmscale.checkpoint import complete, load_model
 from mmscale.config import Config
 from mmscale.data import Field, ShardStream
 from mmscale.data.decode import decode_image
-from mmscale.metrics import Writer, clock_text, write_whole
+from mmscale.metrics import Writer, write_whole
 from mmscale.models import Model
+from mmscale.progress import clock_text
 from mmscale.runs import Run
 from mmscale.tasks.base import Metric
 
