@@ -269,7 +269,7 @@ class Launched:
 
     overrides come after SMALL. address: of a cluster; None for a local Ray. worker: "module:function" in the place of
     mmscale.train.train, found in `folder` or in tests/ and tests/chaos. attach: a run's folder, for `--attach` (no
-    overrides then). env: added to the environment. more: further arguments of the command.
+    overrides then). env: added to the environment. more: further arguments of the command. prefix: what runs it, as elsewhere.
     """
 
     def __init__(
@@ -285,6 +285,7 @@ class Launched:
         worker: str | None = None,
         attach: Path | None = None,
         more: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
     ) -> None:
         self.folder, self.run = folder, folder / "runs" / name
         link = folder / "demo-data"
@@ -299,7 +300,7 @@ class Launched:
             changes = [*SMALL, f"run.name={name}", *sizes, "launch.preflight=false", *overrides]
             self.command += ["launch", "quickstart", *changes]
         self.command += ["--address", address] if address is not None else []
-        self.command += more
+        self.command = [*prefix, *self.command, *more]
         paths = [str(folder), str(TESTS), str(TESTS / "chaos"), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
