@@ -1,7 +1,9 @@
 """The engine: DeepSpeed behind a narrow door.
 
 ZeRO 0 to 3, offload to CPU or NVMe, fp32 or bf16, clipping and accumulation are DeepSpeed's. `train_step` is ours: it
-runs a task's micro-batches so that the gradient is that of one batch over all ranks, contrastive losses included.
+runs a task's micro-batches so that the gradient is that of one batch over all ranks, contrastive losses included. A step
+whose gradients aren't finite changes nothing, on any rank: DeepSpeed sees to that except in fp32 without ZeRO, where
+`mmscale.optim.CheckedAdamW` does.
 The trade-off: under ZeRO-3 a model is built whole on each host before DeepSpeed cuts it up.
 """
 
@@ -10,14 +12,15 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmscale.config import EngineConfig, OptimConfig
 from mmscale.errors import ConfigError
+from mmscale.heartbeat import Heartbeat
 from mmscale.models.model import Batch, Model
 from mmscale.optim import make_optimizer, parameter_groups
 from mmscale.tasks import Task
@@ -80,6 +83,13 @@ def deepspeed_config(
     }
 
 
+class StepResult(NamedTuple):
+    """What became of a step. Reading `loss` waits for the device, `applied` doesn't."""
+
+    loss: Tensor  # 0-d, on the device; its sum over ranks is the global loss
+    applied: bool  # equal on all ranks; False where gradients weren't finite: nothing has changed
+
+
 class Engine:
     """A model and its optimizer, sharded. `micro_batch`: samples of one rank in one forward pass."""
 
@@ -109,29 +119,40 @@ class Engine:
             parameter_groups(model, weight_decay=optim.weight_decay),
             optim,
             offloaded=config.offload_optimizer != "none",
+            checked=config.zero_stage == 0 and config.precision == "fp32",
         )
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
         self.model: Model = self.deepspeed.module
-        self._clipped_norm: Tensor | None = None
         if config.zero_stage == 0:
-            self.deepspeed.clip_fp32_gradients = self._clip_gradients
+            self.deepspeed.clip_fp32_gradients = lambda: None  # CheckedAdamW clips
 
-    def train_step(self, task: Task, parts: Sequence[Batch], *, weight: float, step: bool = True) -> Tensor:
-        """Forward and backward over this rank's micro-batches, then the optimizer. Returns the global loss's share.
+    def train_step(
+        self,
+        task: Task,
+        parts: Sequence[Batch],
+        *,
+        weight: float,
+        step: bool = True,
+        beat: Heartbeat | None = None,
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then the optimizer, which waits for the device.
 
-        weight: the task's weight summed over all ranks and parts. The returned 0-d tensor stays on the device; its sum
-        over ranks is the loss. A task that couples samples embeds all parts first without keeping activations, takes
-        the loss over all of them, and replays each part with the gradient of its embeddings (Gao et al. 2021,
-        gradient cache). step=False leaves the gradients in place, for `gradients`; don't train on with the engine then.
+        weight: the task's weight summed over all ranks and parts. A task that couples samples embeds all parts first
+        without keeping activations, takes the loss over all of them, and replays each part with the gradient of its
+        embeddings (Gao et al. 2021, gradient cache). step=False leaves the gradients in place, for `gradients`, and
+        applies nothing; don't train on with the engine then. beat: told the phases forward, loss, backward and step.
         """
         assert len(parts) == self.accumulation
+        phase = beat.phase if beat is not None else _no_phase
         self._forget_gradients()
         factor = self.world.size / weight  # the engine averages gradients over ranks
         total = torch.zeros((), device=self.world.device)
-        cached = self._cache(task, parts, factor) if task.coupled and len(parts) > 1 else None
+        cached = self._cache(task, parts, factor, phase) if task.coupled and len(parts) > 1 else None
         for index, part in enumerate(parts):
+            phase("forward")
             embeddings = self.deepspeed(task.embed, part)
             if cached is None:
+                phase("loss")
                 loss, _ = task.objective(embeddings, group=None, backend=self.model.kernels)
                 loss = loss * factor
                 total += loss.detach()
@@ -140,10 +161,12 @@ class Engine:
                 total = cached[0]
             is_last = index == len(parts) - 1
             self.deepspeed.set_gradient_accumulation_boundary(is_last)
+            phase("backward")
             self.deepspeed.backward(loss, scale_wrt_gas=False)
             if step or not is_last:
+                phase("step")
                 self.deepspeed.step()
-        return total / self.world.size
+        return StepResult(total / self.world.size, step and self.deepspeed.was_step_applied())
 
     def _forget_gradients(self) -> None:
         """Zeroes DeepSpeed's gradient buffers, which ZeRO-3 and offloading only write where a step uses a parameter.
@@ -161,9 +184,10 @@ class Engine:
                 parameter.grad.zero_()
 
     def _cache(
-        self, task: Task, parts: Sequence[Batch], factor: float
+        self, task: Task, parts: Sequence[Batch], factor: float, phase: Callable[[str], None]
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The scaled loss over all parts, and its gradient with respect to each part's embeddings."""
+        phase("forward")
         with torch.no_grad():
             embedded = [self.deepspeed(task.embed, part) for part in parts]
         leaves = [
@@ -178,6 +202,7 @@ class Engine:
             else torch.stack([one[name] for one in leaves]).mean()
             for name, value in leaves[0].items()
         }
+        phase("loss")
         with torch.enable_grad():
             loss, _ = task.objective(joined, group=None, backend=self.model.kernels)
             loss = loss * factor
@@ -192,19 +217,13 @@ class Engine:
         ]
         return loss.detach(), gradients
 
-    def _clip_gradients(self) -> None:
-        """DeepSpeed's own clipping without ZeRO forgets the norm."""
-        limit = self.deepspeed.gradient_clipping()
-        self._clipped_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-
     @property
     def gradient_norm(self) -> float | None:
-        """The global gradient norm of the last step, before clipping. Reading it synchronises the device.
+        """The global gradient norm of the last step, before clipping; infinite if the step was left out.
 
-        None where nobody computed it: in fp32 without ZeRO and without clipping.
+        None before the first step.
         """
         norm = self.deepspeed.get_global_grad_norm()
-        norm = self._clipped_norm if norm is None else norm
         return None if norm is None else float(norm)
 
     def set_learning_rate(self, rate: float) -> None:
@@ -235,3 +254,7 @@ class Engine:
 def sum_products(embeddings: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
     """A 0-d tensor whose gradient with respect to the embeddings is the given one."""
     return torch.stack([(embeddings[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
+
+
+def _no_phase(name: str) -> None:
+    """For steps that nobody watches."""

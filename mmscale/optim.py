@@ -36,6 +36,35 @@ class AdamW(ClampAfterStep, torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2019) with clamped groups."""
 
 
+class CheckedAdamW(AdamW):
+    """For whole gradients, equal on all ranks: clips them, and makes no step if they aren't finite.
+
+    What DeepSpeed's own optimizers do; it reads the same attributes of theirs. All ranks hold the same sums after the
+    all-reduce, so they decide alike. Deciding waits for the device once a step, as those do too.
+    """
+
+    overflow = False  # the last step was left out
+    _global_grad_norm: float | None = None  # of the last step, before clipping
+
+    def __init__(self, params: Iterable[dict[str, Any]], *, max_norm: float, **kwargs: Any) -> None:
+        """max_norm: the global norm to clip by; 0 for none."""
+        super().__init__(params, **kwargs)
+        self.max_norm = max_norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, *args: Any, **kwargs: Any) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self._global_grad_norm = norm.item()
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            self._global_grad_norm = math.inf
+            return None
+        if self.max_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+        return super().step(closure, *args, **kwargs)
+
+
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Three groups: matrices (decayed); vectors, embeddings, positions (not); logit scales (clamped, not decayed)."""
     scales = {id(p) for m in model.modules() if isinstance(m, LogitScale) for p in m.parameters()}
@@ -65,14 +94,19 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
 
 def make_optimizer(
-    groups: Iterable[dict[str, Any]], config: OptimConfig, *, offloaded: bool = False
+    groups: Iterable[dict[str, Any]], config: OptimConfig, *, offloaded: bool = False, checked: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW over the groups. offloaded: DeepSpeed's CPU Adam, which a ZeRO optimizer kept in host memory needs."""
+    """AdamW over the groups. offloaded: DeepSpeed's CPU Adam, which a ZeRO optimizer kept in host memory needs.
+
+    checked: `CheckedAdamW`, where DeepSpeed has no optimizer of its own around it that checks and clips.
+    """
     kwargs: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if offloaded:
         from mmscale.engine import cpu_adam
 
         return cpu_adam(list(groups), ClampAfterStep, **kwargs)
+    if checked:
+        return CheckedAdamW(list(groups), max_norm=config.clip_norm, **kwargs)
     return AdamW(list(groups), **kwargs)
 
 

@@ -198,7 +198,7 @@ def _train(
             beat.phase("forward")
             engine.set_learning_rate(rate)
             on_device = [to_device(drop_complete(part), world.device) for part in parts]
-            pending.append((name, engine.train_step(task, on_device, weight=all_weight)))
+            pending.append((name, engine.train_step(task, on_device, weight=all_weight, beat=beat).loss))
         else:
             skipped += 1
         step += 1

@@ -69,5 +69,5 @@ def run_step(engine: Engine, task: Task, batch: TensorBatch, *, step: bool = Tru
     parts = micro_batches(task, batch, engine.accumulation)
     weight = 1.0 if task.coupled else sum(task.weight(part) for part in parts)
     [weight] = engine.world.sum([weight])
-    loss = engine.train_step(task, [drop_complete(part) for part in parts], weight=weight, step=step)
-    return engine.world.sum([loss.item()])[0]
+    result = engine.train_step(task, [drop_complete(part) for part in parts], weight=weight, step=step)
+    return engine.world.sum([result.loss.item()])[0]
