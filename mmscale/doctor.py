@@ -247,6 +247,8 @@ def folder(config: Config) -> Finding:
 
     place = run_folder(config).absolute()
     there = existing(place)
+    if there != place and (obstacle := there / place.relative_to(there).parts[0]).exists():
+        raise ConfigError(f"{place} can't be a folder: {obstacle} is a file")
     with tempfile.TemporaryFile(dir=there):
         pass
     return Finding(check="folder", level="ok", text=f"{place} can be written", values={"folder": str(place)})

@@ -107,11 +107,11 @@ class Report:
 
     def error(self) -> UserError | None:
         """PreflightFailed with all errors and their remedies, if there are any."""
-        from mmscale_launcher.launch import PreflightFailed
-
         found = self.of("error")
         if not found:
             return None
+        from mmscale_launcher.launch import PreflightFailed
+
         listed = "\n".join(f"  {f.check}, {node}: {f.text}\n    remedy: {f.remedy}" for node, f in found)
         return PreflightFailed(f"the run can't start well:\n{listed}")
 

@@ -269,7 +269,8 @@ class Launched:
 
     overrides come after SMALL. address: of a cluster; None for a local Ray. worker: "module:function" in the place of
     mmscale.train.train, found in `folder` or in tests/ and tests/chaos. attach: a run's folder, for `--attach` (no
-    overrides then). env: added to the environment. more: further arguments of the command. prefix: what runs it, as elsewhere.
+    overrides then). env: added to the environment. more: further arguments of the command. prefix:
+    a command that runs it, elsewhere.
     """
 
     def __init__(
