@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from mmscale_launcher import processes
+
 from mmscale import heartbeat
 from mmscale.metrics import read_json_lines
 
@@ -106,6 +108,31 @@ def wait_for(condition: Callable[[], Any], timeout: float, *, what: str = "it", 
             return result
         assert time.monotonic() < deadline, f"{what} didn't happen within {timeout:g} s"
         time.sleep(every)
+
+
+def same_ray(pid: int) -> set[int]:
+    """The living processes of the local Ray that this one belongs to; empty for one of a cluster."""
+    marks = [line for line in _environment_of(pid).splitlines() if line.startswith(f"{processes.MARK}=")]
+    return {
+        other for other in living_processes() if marks and marks[0] in _environment_of(other).splitlines()
+    }
+
+
+def living_processes() -> list[int]:
+    """All that aren't zombies."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):  # it may have ended meanwhile
+            if entry.name.isdigit():
+                state = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+                found += [int(entry.name)] if state not in "ZX" else []
+    return found
+
+
+def _environment_of(pid: int) -> str:
+    with suppress(OSError):
+        return "\n".join(Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))
+    return ""
 
 
 # --------------------------------------------------------------------------------------------- what a run has done
@@ -204,7 +231,7 @@ def plain_run(
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         begin = time.monotonic()
-        processes = []
+        started = []
         for rank in range(world_size):
             environment = {
                 **os.environ,
@@ -220,7 +247,7 @@ def plain_run(
             }
             output = (folder / f"output-{rank}").open("w")
             command = [str(MMSCALE), "train", "quickstart", "run.name=plain", *changes]
-            processes.append(
+            started.append(
                 subprocess.Popen(
                     command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
                 )
@@ -230,14 +257,14 @@ def plain_run(
             run = folder / "runs" / "plain"
 
             def has_begun() -> bool:
-                return last_step(run) > 0 or any(process.poll() for process in processes)
+                return last_step(run) > 0 or any(process.poll() for process in started)
 
             wait_for(has_begun, 300, what="the first step of the reference")
             start_s = time.monotonic() - begin
-            for process in processes:
+            for process in started:
                 assert process.wait(300) == 0, "\n".join(p.read_text() for p in folder.glob("output-*"))
         finally:
-            for process in processes:
+            for process in started:
                 process.kill()
                 process.wait()
         _PLAIN[key] = Plain(trace(run), start_s, run)
@@ -347,27 +374,32 @@ class Launched:
         works in the driver's folder.
         """
         found = []
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):  # it may have ended meanwhile
-                if not entry.name.isdigit() or not (entry / "cmdline").read_bytes().startswith(b"ray::Rank"):
-                    continue
-                state = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-                if state not in "ZX" and (entry / "cwd").readlink() == self.folder.resolve():
-                    found.append(int(entry.name))
+        for pid in living_processes():
+            with suppress(OSError):
+                is_rank = Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Rank")
+                if is_rank and Path(f"/proc/{pid}/cwd").readlink() == self.folder.resolve():
+                    found.append(pid)
         return sorted(found)
 
-    def beats(self) -> dict[int, heartbeat.Beat]:
-        """What the living ranks are doing, by process id, from the files that they have mapped."""
+    def beat_files(self) -> dict[int, Path]:
+        """The heartbeat files of the living ranks, by process id: the ranks have them mapped."""
         found = {}
         for pid in self.rank_pids():
             with suppress(OSError):
                 for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                     path = Path(line.split(maxsplit=5)[-1])
                     if path.is_absolute() and path.stat().st_size == heartbeat._RECORD.itemsize:
-                        beat = heartbeat.read(path)
-                        if beat is not None and beat.pid == pid:
-                            found[pid] = beat
+                        found[pid] = path
         return found
+
+    def beats(self) -> dict[int, heartbeat.Beat]:
+        """What the living ranks are doing, by process id."""
+        read = {pid: heartbeat.read(path) for pid, path in self.beat_files().items()}
+        return {pid: beat for pid, beat in read.items() if beat is not None}
+
+    def saves_under_way(self) -> list[int]:
+        """The steps whose checkpoints are being written."""
+        return sorted(int(path.stem[5:]) for path in self.run.glob("checkpoints/step-*.tmp"))
 
     def ranks(self, timeout: float = 60) -> dict[int, int]:
         """rank -> process id, of all ranks of the attempt that runs; waits until there is one."""
@@ -495,7 +527,12 @@ class Nodes:
 
     @contextmanager
     def _environment(self) -> Iterator[None]:
-        changes = {"RAY_TMPDIR": str(self._folder), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        changes = {
+            "RAY_TMPDIR": str(self._folder),
+            "OMP_NUM_THREADS": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "SPT_NOENV": "1",  # else setproctitle writes over the environment, by which we know its processes
+        }
         before = {name: os.environ.get(name) for name in (*changes, "RAY_ADDRESS")}
         os.environ.update(changes)
         os.environ.pop("RAY_ADDRESS", None)
@@ -524,6 +561,17 @@ class Nodes:
             if any(info.process.pid == parent for info in node.all_processes["raylet"]):
                 return node
         raise AssertionError(f"process {pid} belongs to no node of this cluster")
+
+    def at_work(self) -> list[str]:
+        """What Ray's workers on this cluster do, but for those that wait for work."""
+        found = []
+        for pid in living_processes():
+            with suppress(OSError):
+                name = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace")
+                is_ours = f"RAY_TMPDIR={self._folder}\n" in _environment_of(pid)
+                if name.startswith("ray::") and not name.startswith("ray::IDLE") and is_ours:
+                    found.append(f"{name} ({pid})")
+        return found
 
     def add_node(self) -> Any:
         with self._environment():
