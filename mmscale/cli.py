@@ -1,7 +1,6 @@
 """The command line: each verb a plain function, nothing else.
 
-Exit codes: 0 done; 1 failed; 2 wrong usage or config; 3 data unusable; 75 stopped early with a checkpoint and worth
-resuming; 130 Ctrl-C.
+Exit codes: see `EXIT_CODES`, which `mmscale --help` prints.
 """
 
 from __future__ import annotations
@@ -18,6 +17,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mmscale.errors import ConfigError, UserError
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    failed
+  2    the command or the configuration is wrong
+  3    the data can't be used
+  10   a rank failed twice with the same exception at the same step
+  11   the budget of restarts is used up
+  12   hung again and again
+  13   out of memory twice
+  14   no checkpoint could be written, or none read
+  15   the loss isn't finite, and going back didn't help
+  16   the check before the launch found what it can't run with
+  17   another attempt has taken the run over
+  75   stopped early with a checkpoint: the same command goes on
+  130  Ctrl-C
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,12 +76,22 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def launch(arguments: argparse.Namespace) -> None:
-    changes = [
-        f"launch.{name}={value}"
-        for name, value in (("nodes", arguments.nodes), ("workers_per_node", arguments.workers_per_node))
-        if value is not None
-    ]
-    config = _config(arguments, *changes)
+    if arguments.attach is not None:
+        return _attach(arguments)
+    config = _launch_config(arguments)
+    if arguments.emit is not None:
+        from mmscale_launcher.emit import emit
+
+        print(
+            emit(arguments.emit, recipe=arguments.recipe, overrides=arguments.overrides, config=config),
+            end="",
+        )
+        return None
+    if arguments.dry_run:
+        from mmscale_launcher.emit import plan
+
+        print(plan(config, address=arguments.address))
+        return None
     from mmscale_launcher import launch as run
 
     from mmscale.progress import ProgressBar
@@ -74,7 +101,96 @@ def launch(arguments: argparse.Namespace) -> None:
         report = run(config, address=arguments.address, on_event=bar.update)
     finally:
         bar.close()
-    _show_report(report, config, as_json=arguments.json)
+    return _show_report(report, config, as_json=arguments.json)
+
+
+def _launch_config(arguments: argparse.Namespace) -> Any:
+    if arguments.recipe is None:
+        raise ConfigError("give a RECIPE, or --attach RUN (see mmscale launch --help)")
+    names = ("nodes", "workers_per_node", "min_workers")
+    given = [(name, getattr(arguments, name)) for name in names if getattr(arguments, name) is not None]
+    return _config(arguments, *(f"launch.{name}={value}" for name, value in given))
+
+
+def _attach(arguments: argparse.Namespace) -> None:
+    options = ("nodes", "workers_per_node", "min_workers", "address", "dry_run", "emit")
+    given = [f"--{name.replace('_', '-')}" for name in options if getattr(arguments, name)]
+    given = [*([arguments.recipe] if arguments.recipe else []), *arguments.overrides, *given]
+    if given:
+        raise ConfigError(f"--attach goes on with what the run has recorded: leave out {' '.join(given)}")
+    from mmscale_launcher.follow import attach
+
+    from mmscale.config import load_config
+    from mmscale.progress import ProgressBar
+
+    run = Path(arguments.attach)
+    bar = ProgressBar()
+    try:
+        report = attach(run, on_event=bar.update)
+    finally:
+        bar.close()
+    _show_report(report, load_config(run / "config.json"), as_json=arguments.json)
+
+
+def status(arguments: argparse.Namespace) -> None:
+    from mmscale_launcher.follow import look, to_text
+
+    run = Path(arguments.run)
+    facts = look(run)
+    print(json.dumps(facts) if arguments.json else to_text(run, facts))
+
+
+def stop(arguments: argparse.Namespace) -> None:
+    from mmscale_launcher.follow import stop as run
+
+    facts = run(Path(arguments.run), timeout=arguments.timeout)
+    if facts["state"] == "done":
+        print(f"{arguments.run}: done before it could be stopped")
+        return
+    kept = facts.get("checkpoint")
+    print(f"{arguments.run}: {facts['state']} at step {facts.get('step')}; checkpoint: {kept or 'none'}")
+    if facts["state"] != "stopped" or not kept:
+        raise UserError(f"{arguments.run} has ended without saving: {facts.get('error') or facts['state']}")
+
+
+def logs(arguments: argparse.Namespace) -> None:
+    from mmscale_launcher.follow import log_lines
+
+    for text in log_lines(Path(arguments.run), arguments.rank, follow=arguments.follow):
+        print(text, end="", flush=True)
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    config = _config(arguments) if arguments.recipe is not None else None
+    from mmscale_launcher.doctor import diagnose
+
+    report = diagnose(config, arguments.address)
+    print(json.dumps(report.to_json()) if arguments.json else report.to_text())
+    if (error := report.error()) is not None:
+        raise error
+
+
+def tune(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from mmscale_launcher.tune import tune as run
+
+    from mmscale.progress import ProgressBar
+
+    bar = ProgressBar()
+    try:
+        found = run(
+            config,
+            arguments.search,
+            num_trials=arguments.trials,
+            metric=arguments.metric,
+            parallel=arguments.parallel,
+            workers=arguments.workers_per_trial,
+            address=arguments.address,
+            on_event=bar.update,
+        )
+    finally:
+        bar.close()
+    print(json.dumps(found.to_json()) if arguments.json else found.to_text())
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -469,7 +585,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mmscale", description="Trains models that read text, images and audio together.")
+    parser = _Parser(
+        prog="mmscale",
+        description="Trains models that read text, images and audio together.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
 
     def add(verb: Callable[[argparse.Namespace], None], name: str, text: str, group: Any = verbs) -> Any:
@@ -477,19 +598,71 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(verb=verb)
         return command
 
-    def add_recipe(command: Any) -> None:
-        command.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or a config's .json file")
+    def add_recipe(command: Any, *, nargs: str | None = None) -> None:
+        text = "a recipe's name, or a config's .json file"
+        command.add_argument("recipe", nargs=nargs, metavar="RECIPE", help=text)
         command.add_argument(
             "overrides", nargs="*", default=[], metavar="section.field=value", help="changes to it"
         )
         command.add_argument("--json", action="store_true", help="print the report as JSON")
 
+    def add_address(command: Any) -> None:
+        command.add_argument("--address", help="of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
+
     add_recipe(add(train, "train", "train in this process, or as one rank under torchrun"))
     command = add(launch, "launch", "train through Ray; with no address it starts a local one")
-    add_recipe(command)
+    add_recipe(command, nargs="?")
     command.add_argument("--nodes", type=int, metavar="N")
-    command.add_argument("--workers-per-node", type=int, metavar="W")
-    command.add_argument("--address", help="of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
+    command.add_argument(
+        "--workers-per-node", type=int, metavar="W", help="default: the GPUs of a node, else 2"
+    )
+    command.add_argument(
+        "--min-workers", type=int, metavar="M", help="go on with M or more when nodes are lost"
+    )
+    add_address(command)
+    command.add_argument("--dry-run", action="store_true", help="print what would start")
+    command.add_argument(
+        "--emit", choices=("ray-cluster", "kuberay", "slurm"), help="print a file to start from"
+    )
+    command.add_argument(
+        "--attach", metavar="RUN", help="follow a launched run; take it up again if its launcher died"
+    )
+
+    def add_run(verb: Callable[[argparse.Namespace], None], name: str, text: str) -> Any:
+        command = add(verb, name, text)
+        command.add_argument("run", metavar="RUN", help="the run's folder")
+        return command
+
+    command = add_run(status, "status", "what a run does, and each of its ranks")
+    command.add_argument("--json", action="store_true", help="as one JSON object")
+    command = add_run(stop, "stop", "ask a run to save and stop, and wait until it has")
+    command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds; default 600")
+    command = add_run(logs, "logs", "print what a rank has logged")
+    command.add_argument("--rank", type=int, required=True, metavar="R")
+    command.add_argument("--follow", action="store_true", help="and what comes, until the run ends")
+    command = add(doctor, "doctor", "check machines before a run: versions, links, disks, data, memory")
+    add_recipe(command, nargs="?")
+    add_address(command)
+    command = add(tune, "tune", "search for good values of a recipe's fields, on Ray Tune with ASHA")
+    add_recipe(command)
+    command.add_argument(
+        "--search",
+        action="append",
+        required=True,
+        metavar="FIELD=EXPRESSION",
+        help="optim.lr=loguniform(1e-5,1e-3), train.accumulation=choice(1,2), ...; may be repeated",
+    )
+    command.add_argument("--trials", type=int, required=True, metavar="N")
+    command.add_argument(
+        "--metric", default="loss", metavar="SET/TASK/METRIC", help="of the evaluations; default: loss"
+    )
+    command.add_argument(
+        "--parallel", type=int, metavar="K", help="trials at a time; default: as many as fit"
+    )
+    command.add_argument(
+        "--workers-per-trial", type=int, metavar="W", help="default: launch.workers_per_node or 1"
+    )
+    add_address(command)
 
     command = add(evaluate, "eval", "score a run's newest checkpoint, or a checkpoint, on shards")
     command.add_argument("checkpoint", metavar="RUN|CHECKPOINT")

@@ -15,6 +15,11 @@ ROOT = Path(__file__).parent.parent
 VERBS = [
     "train",
     "launch",
+    "status",
+    "stop",
+    "logs",
+    "doctor",
+    "tune",
     "eval",
     "predict",
     "recipes",
