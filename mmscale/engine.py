@@ -1,8 +1,8 @@
 """The engine: DeepSpeed behind a narrow door.
 
 ZeRO 0 to 3, offload to CPU or NVMe, fp32 or bf16, clipping and accumulation are DeepSpeed's. `train_step` is ours: it
-runs a task's micro-batches so that the gradient is that of one batch over all ranks, contrastive losses included. A step
-whose gradients aren't finite changes nothing, on any rank: DeepSpeed sees to that except in fp32 without ZeRO, where
+runs a task's micro-batches so that the gradient is that of one batch over all ranks, contrastive losses included. A
+step whose gradients aren't finite changes nothing, on any rank: DeepSpeed sees to that but in fp32 without ZeRO, where
 `mmscale.optim.CheckedAdamW` does.
 The trade-off: under ZeRO-3 a model is built whole on each host before DeepSpeed cuts it up.
 """
@@ -249,6 +249,19 @@ class Engine:
         else:
             state = self.model.state_dict() if self.world.rank == 0 else {}
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def held_weights(engine: Engine, parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter, flat: all of it; under ZeRO-3 its share, without the padding, whose content
+    is arbitrary (nothing where the share lies on NVMe).
+    """
+    if engine.zero_stage < 3:
+        return parameter.detach().reshape(-1)
+    share: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+    if share.numel() != share.ds_numel:
+        return share.new_empty(0)
+    rest = parameter.ds_numel - engine.world.rank * share.ds_numel  # type: ignore[attr-defined]
+    return share.detach().reshape(-1)[: max(0, rest)]
 
 
 def sum_products(embeddings: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:

@@ -13,10 +13,10 @@
 
 Everything here depends on values that are equal on all ranks, so all ranks decide alike.
 
-A rollback at step t to the checkpoint of step S takes back weights and optimizer alone. The step counter and the data go
-on from t: the samples of steps S+1 to t are passed over, and a position is still the step times the batch size. Loading the
-data's position as well would read into the same trouble again. The trade-off: the steps in between are lost, good ones
-too, and the schedule of the learning rate is that much ahead of the weights.
+A rollback at step t to the checkpoint of step S takes back weights and optimizer alone. The step counter and the data
+go on from t: the samples of steps S+1 to t are passed over, and a position is still the step times the batch size.
+Taking the data back as well would read into the same trouble again. The trade-off: the steps in between are lost, good
+ones too, and the schedule of the learning rate is that much ahead of the weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from mmscale.config import GuardConfig
-from mmscale.engine import Engine
+from mmscale.engine import Engine, held_weights
 from mmscale.errors import Diverged
 from mmscale.models.model import Batch
 from mmscale.tasks import Task
@@ -132,6 +132,14 @@ class Guard:
             f"{to + 1} to {step} are passed over (rollback {self.num_rollbacks} of {self.config.max_rollbacks})"
         )
 
+    def counts(self) -> dict[str, float]:
+        """For the log."""
+        return {
+            "guard/skipped_steps": self.num_skipped,
+            "guard/rollbacks": self.num_rollbacks,
+            **{f"guard/loss_z/{task}": z for task, z in self.last_z.items()},
+        }
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint: json-able, exact. Not to be loaded after a rollback, whose count it would take back."""
         return {
@@ -202,8 +210,7 @@ def trace(engine: Engine, task: Task, parts: Sequence[Batch], *, loss: Tensor) -
                 bad.update(names[row] for row in _bad_rows(value))
         outputs += sorted(first + row for row in bad - bad_inputs)
         first += num_rows
-    held = [getattr(p, "ds_tensor", p) for p in engine.model.parameters()]
-    weights = not all(bool(p.isfinite().all()) for p in held)
+    weights = not all(bool(held_weights(engine, p).isfinite().all()) for p in engine.model.parameters())
     return Traced(weights=weights, inputs=inputs, outputs=outputs, loss=not math.isfinite(loss.item()))
 
 
