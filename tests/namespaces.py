@@ -31,6 +31,7 @@ import pytest
 
 PREFIX = "mm"  # of namespaces, followed by the process they belong to
 PORT = 6379
+ROUTER = "10.77.0.254"
 TOKEN = "0123456789abcdef" * 4  # what the machines of a cluster know each other by
 BIN = Path(sys.executable).parent
 
@@ -71,6 +72,7 @@ class Network:
         try:
             _ip("netns", "add", self._name)
             _ip("-n", self._name, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", self._name, "address", "add", f"{ROUTER}/24", "dev", "bridge")
             _ip("-n", self._name, "link", "set", "bridge", "up")
         except BaseException:
             self.__exit__()
@@ -119,6 +121,8 @@ class Machine:
         _ip("-n", self.name, "address", "add", f"{self.address}/24", "dev", "eth0")
         _ip("-n", self.name, "link", "set", "eth0", "up")
         _ip("-n", self.name, "link", "set", "lo", "up")
+        # it leads nowhere; Ray, as others, finds its own address by it
+        _ip("-n", self.name, "route", "add", "default", "via", ROUTER)
 
     def remove(self) -> None:
         self.kill_all()
