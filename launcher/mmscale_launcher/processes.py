@@ -1,37 +1,88 @@
-"""Kills processes and knows that they are gone; also the guard of a local Ray, when run as a script.
+"""Looks at processes, kills them and knows that they are gone; also two kinds of guards, when run as a script.
 
 Two ways of naming processes, both safe against reuse of a process id: a process group within its session (a
 rank and its children), and a mark in the environment that every process of a local Ray inherits. Linux
 only, since it reads /proc; nothing but the standard library, so that the guard starts in milliseconds.
 
-The guard, `python processes.py MARK FOLDER`, waits until its standard input closes, which happens too when
-its starter is killed by a signal that nothing can catch. Then it ends what carries the mark and removes the
-folder. (Ray's own processes follow their driver, but its agents took a minute to do so.)
+The guard of a local Ray, `python processes.py MARK FOLDER`, waits until its standard input closes, which
+happens too when its starter is killed by a signal that nothing can catch. Then it ends what carries the mark
+and removes the folder. (Ray's own processes follow their driver, but its agents took a minute to do so.)
+
+The guard of ranks, `python processes.py --ranks LEASE FOLDER PID`, is told process groups by an agent, and ends
+them when the agent is gone, or has sent no line for LEASE seconds; in that case it ends the agent, PID, as well.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 _RAY_TAGS = (":job_id:", ":task_name:", ":actor_name:")  # lines that Ray writes for its own log monitor
 MARK = "MMSCALE_LAUNCH"  # the environment variable that holds a local Ray's mark
+ATTEMPT = "MMSCALE_ATTEMPT"  # and the one with the id of an attempt, LAUNCH-NUMBER
+GUARD_TIMEOUT = 20.0  # seconds for what has been killed to be gone
 
 
 def kill_group(group: int, session: int, *, timeout: float) -> list[int]:
     """Ends a process group of a session; returns the ids of what was still there after `timeout` seconds."""
-    return _kill_until_gone(lambda pid: _group(pid) == (group, session), timeout=timeout)
+    return kill_groups([(group, session)], timeout=timeout)
+
+
+def kill_groups(groups: Collection[tuple[int, int]], *, timeout: float) -> list[int]:
+    """The same for several, all at once."""
+    return _kill_until_gone(lambda pid: _group(pid) in groups, timeout=timeout) if groups else []
+
+
+def kill_attempts(launch_id: str, folders: Collection[str], *, timeout: float) -> list[int]:
+    """Ends what other attempts of a launch left: it has inherited their id, or has mapped a file in one
+    of `folders`. The latter finds a rank, whose own environment was set after its start.
+    """
+    assignment = f"{ATTEMPT}={launch_id}-".encode()
+    mapped = [f" {folder}/".encode() for folder in folders]
+
+    def belongs(pid: int) -> bool:
+        if any(entry.startswith(assignment) for entry in _environment(pid)):
+            return True
+        maps = _maps(pid)
+        return any(part in maps for part in mapped)
+
+    return _kill_until_gone(belongs, timeout=timeout)
 
 
 def kill_marked(mark: str, *, timeout: float) -> list[int]:
     """Ends all processes that were started with MARK=mark, except this one; returns those that are left."""
     assignment = f"{MARK}={mark}".encode()
     return _kill_until_gone(lambda pid: assignment in _environment(pid), timeout=timeout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One look at a process."""
+
+    state: str  # "running", "stopped" by a signal or a debugger, or "gone"
+    rss_bytes: int = 0
+    cpu_s: float = 0.0  # that all its threads have used
+
+
+def look(pid: int, session: int) -> Look:
+    """A process that has gone to another session is another process."""
+    fields = _status(pid)
+    if not fields or fields[0] in "ZX" or int(fields[3]) != session:
+        return Look(state="gone")
+    ticks = int(fields[11]) + int(fields[12])
+    return Look(
+        state="stopped" if fields[0] in "Tt" else "running",
+        rss_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+        cpu_s=ticks / os.sysconf("SC_CLK_TCK"),
+    )
 
 
 def tail(path: str | None, *, num_lines: int = 30) -> str:
@@ -63,12 +114,12 @@ def _kill_until_gone(wanted: Callable[[int], bool], *, timeout: float) -> list[i
 
 
 def _status(pid: int) -> list[str]:
-    """State, parent, group and session of a process; empty where it is gone."""
+    """State, parent, group, session, ... of a process: /proc/PID/stat from its third field; empty where it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return []
-    return text.rpartition(")")[2].split()[:4]  # the name before it may hold anything
+    return text.rpartition(")")[2].split()  # the name before it may hold anything
 
 
 def _is_alive(pid: int) -> bool:
@@ -88,10 +139,41 @@ def _environment(pid: int) -> list[bytes]:
         return []
 
 
+def _maps(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/maps").read_bytes()
+    except OSError:
+        return b""
+
+
+def _guard_ranks(lease_s: float | None, folder: str, agent: int) -> None:
+    """Each line of the input is the list of [group, session] to end when no other line follows in time."""
+    if os.fork():
+        return  # Ray kills the children of a process of its that ends, and this one must live on
+    os.setsid()
+    text = b""
+    groups: list[tuple[int, int]] = []
+    while select.select([0], [], [], lease_s)[0]:
+        data = os.read(0, 1 << 16)
+        if not data:
+            break  # the agent has ended
+        *lines, text = (text + data).split(b"\n")
+        if lines:
+            groups = [(group, session) for group, session in json.loads(lines[-1])]
+    else:
+        os.kill(agent, signal.SIGKILL)  # its end of the pipe is open, so this is still its id
+    kill_groups(groups, timeout=GUARD_TIMEOUT)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> None:
+    if sys.argv[1] == "--ranks":
+        lease_s, folder, agent = sys.argv[2:]
+        _guard_ranks(float(lease_s) if lease_s != "none" else None, folder, int(agent))
+        return
     mark, folder = sys.argv[1:]
     sys.stdin.buffer.read()
-    kill_marked(mark, timeout=20)
+    kill_marked(mark, timeout=GUARD_TIMEOUT)
     shutil.rmtree(folder, ignore_errors=True)
 
 
