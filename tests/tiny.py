@@ -53,7 +53,7 @@ def join_world() -> World:
     return init_world(device="cpu", threads=1)
 
 
-def make_engine(config: Config, world: World) -> Engine:
+def make_engine(config: Config, world: World, *, universal: bool = False) -> Engine:
     return Engine(
         model_for(config),
         config=config.engine,
@@ -61,6 +61,7 @@ def make_engine(config: Config, world: World) -> Engine:
         world=world,
         micro_batch=config.data.batch_size // (world.size * config.train.accumulation),
         accumulation=config.train.accumulation,
+        universal=universal,
     )
 
 

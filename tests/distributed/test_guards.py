@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
+import os
+import shutil
+import sys
+import tarfile
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from ranks import run_ranks
 from tiny import join_world, make_engine, run_step, tiny_config
 from torch import Tensor
 
+from mmscale import checkpoint
 from mmscale.config import Config
 from mmscale.data.assemble import Batch
 from mmscale.data.batch import TensorBatch
@@ -54,9 +62,9 @@ FEW = [
     )
 ]
 ALL = [
-    Case(*case)
-    for case in product(
-        (0, 1, 2, 3), ("fp32", "bf16"), (0, 0.5), (1, 2), (BEFORE[0], HEARD), (math.nan, math.inf)
+    Case(*case, value=(math.nan, math.inf, -math.inf)[number % 3])
+    for number, case in enumerate(
+        product((0, 1, 2, 3), ("fp32", "bf16"), (0, 0.5), (1, 2), (BEFORE[0], HEARD))
     )
 ]
 
@@ -172,3 +180,191 @@ def test_a_step_with_a_bad_number_on_one_rank_changes_nothing(scene_shards: Path
 @pytest.mark.timeout(1200)
 def test_bad_steps_in_every_case(scene_shards: Path) -> None:
     check(scene_shards, ALL, timeout=1100)
+
+
+# -------------------------------------------------------------------------------------------------- going back
+
+
+def go_on(engine: Engine, batch: TensorBatch) -> tuple[str, list[float], str]:
+    return digest(engine), [run_step(engine, task, batch) for task in AFTER], digest(engine)
+
+
+def going_back(scenes: Path, folder: Path, cases: list[tuple[int, str, int]]) -> list[tuple[Any, Any, Any]]:
+    """Of an engine that goes back, of a new one that loads the same, of one that only goes on: state and losses."""
+    world = join_world()
+    batch = first_batch(tiny_config(scenes), world).tensors
+    results = []
+    for stage, precision, accumulation in cases:
+        config = tiny_config(
+            scenes,
+            f"engine.zero_stage={stage}",
+            f"engine.precision={precision}",
+            f"train.accumulation={accumulation}",
+        )
+        own = folder / f"{stage}-{precision}-{accumulation}"
+        engine = make_engine(config, world)
+        for task in BEFORE:
+            step(engine, task, batch)
+        checkpoint.save(engine, own, step=2, state={}, config=config, keep=2)
+        found, _ = checkpoint.find(own, world)
+        assert found is not None
+        step(engine, HEARD, batch)
+        step(engine, BEFORE[0], poisoned(batch, world, math.nan))
+        astray = digest(engine)
+        checkpoint.load(engine, found, universal=False)
+        back = go_on(engine, batch)
+        fresh = make_engine(config, world)
+        checkpoint.load(fresh, found, universal=False)
+        results.append((back, go_on(fresh, batch), astray))
+    return results
+
+
+def check_going_back(scenes: Path, folder: Path, cases: list[tuple[int, str, int]], timeout: float) -> None:
+    ranks = run_ranks(2, going_back, scenes, folder, cases, timeout=timeout)
+    for results in ranks:
+        for case, (back, fresh, astray) in zip(cases, results, strict=True):
+            assert back == fresh, str(case)
+            assert astray not in back, f"{case}: nothing was taken back, so nothing was shown"
+
+
+def test_going_back_is_as_good_as_starting_anew(scene_shards: Path, tmp_path: Path) -> None:
+    check_going_back(scene_shards, tmp_path, [(0, "fp32", 1), (3, "bf16", 2)], timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_going_back_in_every_case(scene_shards: Path, tmp_path: Path) -> None:
+    cases = list(product((0, 1, 2, 3), ("fp32", "bf16"), (1, 2)))
+    check_going_back(scene_shards, tmp_path, cases, timeout=500)
+
+
+def saved_by_two(scenes: Path, folder: Path, stage: int) -> None:
+    world = join_world()
+    config = tiny_config(scenes, f"engine.zero_stage={stage}")
+    engine = make_engine(config, world)
+    step(engine, BEFORE[0], first_batch(config, world).tensors)
+    checkpoint.save(engine, folder, step=1, state={}, config=config, keep=2)
+
+
+def going_back_alone(scenes: Path, folder: Path, stage: int) -> list[tuple[Any, Any]]:
+    """One rank goes back to what two have written, then to what it has written itself; each beside a new engine."""
+    world = join_world()
+    config = tiny_config(scenes, f"engine.zero_stage={stage}")
+    batch = first_batch(config, world).tensors
+
+    def loaded(engine: Engine | None, *, universal: bool) -> Engine:
+        engine = engine or make_engine(config, world, universal=universal)
+        found, _ = checkpoint.find(folder, world)
+        assert found is not None
+        assert checkpoint.needs_conversion(found, world.size, stage) is universal
+        checkpoint.load(engine, found, universal=universal)
+        return engine
+
+    engine = loaded(None, universal=True)
+    step(engine, HEARD, batch)
+    first = go_on(loaded(engine, universal=True), batch), go_on(loaded(None, universal=True), batch)
+    checkpoint.save(engine, folder, step=3, state={}, config=config, keep=2)
+    step(engine, HEARD, batch)
+    second = go_on(loaded(engine, universal=False), batch), go_on(loaded(None, universal=False), batch)
+    return [first, second]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_going_back_after_the_number_of_ranks_has_changed(
+    scene_shards: Path, tmp_path: Path, stage: int
+) -> None:
+    run_ranks(2, saved_by_two, scene_shards, tmp_path, stage)
+    [(first, second)] = run_ranks(1, going_back_alone, scene_shards, tmp_path, stage, timeout=250)
+    for back, fresh in (first, second):
+        assert back == fresh
+    assert first != second
+
+
+# -------------------------------------------------------------------------------------------------- real files
+
+
+def with_a_loud_sound(scenes: Path, folder: Path, key: str) -> None:
+    """A copy of the training shards in which one sample's sound is a float WAV whose values are finite and absurd.
+
+    So are those of a file whose integers were taken for floats. NaN itself is refused when the file is decoded; the power
+    spectrum of 1e25 isn't finite in fp32.
+    """
+    wave = io.BytesIO()
+    tone = 1e25 * np.sin(np.arange(8000, dtype=np.float32))
+    soundfile.write(wave, tone.astype(np.float32), 16000, format="WAV", subtype="FLOAT")
+    (folder / "train").mkdir()
+    for shard in (scenes / "train").glob("*.tar"):
+        with tarfile.open(shard) as source, tarfile.open(folder / "train" / shard.name, "w") as target:
+            for member in source:
+                file = source.extractfile(member)
+                assert file is not None
+                body = file.read()
+                if member.name == f"{key}.flac":
+                    member.name, body = f"{key}.wav", wave.getvalue()
+                member.size = len(body)
+                target.addfile(member, io.BytesIO(body))
+
+
+def read_and_step(scenes: Path, shards: Path) -> tuple[bool, list[str], str]:
+    world = join_world()
+    config = tiny_config(scenes, f"data.train={shards}", "engine.zero_stage=2")
+    batch = first_batch(config, world)
+    engine = make_engine(config, world)
+    result, parts = step(engine, BEFORE[0], batch.tensors)
+    text = explain_skip(engine, BEFORE[0], parts, batch.sample_keys, step=1, loss=result.loss)
+    return result.applied, batch.sample_keys, text
+
+
+def test_the_sample_of_a_real_shard_is_named(scene_shards: Path, tmp_path: Path) -> None:
+    world = World(0, 2, 0, 2, torch.device("cpu"), control=None)  # type: ignore[arg-type]
+    key = first_batch(tiny_config(scene_shards), world).sample_keys[4]
+    with_a_loud_sound(scene_shards, tmp_path, key)
+    for rank, found in enumerate(run_ranks(2, read_and_step, scene_shards, tmp_path / "train")):
+        applied, keys, text = found
+        assert not applied
+        assert (key in keys) is (rank == 0)
+        assert text == (
+            "step 1 (audio_text) was left out on all ranks: its gradients aren't finite; "
+            f"rank 0 reads audio that isn't finite in 1 of 6 samples: {key}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------- offloading
+
+
+def offloaded(scenes: Path, stages: list[int], precisions: list[str]) -> list[tuple[Any, ...]]:
+    world = join_world()
+    batch = first_batch(tiny_config(scenes), world).tensors
+    results: list[tuple[Any, ...]] = []
+    for stage, precision in product(stages, precisions):
+        config = tiny_config(
+            scenes,
+            f"engine.zero_stage={stage}",
+            f"engine.precision={precision}",
+            "engine.offload_optimizer=cpu",
+            "train.accumulation=2",
+        )
+        ends = []
+        for is_disturbed in (True, False):
+            engine = make_engine(config, world)
+            step(engine, BEFORE[0], batch)
+            before = digest(engine)
+            if is_disturbed:
+                result, _ = step(engine, BEFORE[0], poisoned(batch, world, math.nan))
+                results.append((stage, precision, result.applied, digest(engine) == before))
+            ends.append((go_on(engine, batch)))
+        results[-1] += (ends[0] == ends[1],)
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_bad_steps_with_an_offloaded_optimizer(scene_shards: Path) -> None:
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if shutil.which("g++") is None or shutil.which("ninja", path=places) is None:
+        pytest.skip("DeepSpeed's CPU Adam is compiled at its first use: there is no g++ or no ninja here")
+    stages, precisions = [1, 2, 3], ["fp32", "bf16"]
+    expected = [(*case, False, True, True) for case in product(stages, precisions)]
+    assert run_ranks(2, offloaded, scene_shards, stages, precisions, timeout=500) == [expected] * 2
