@@ -1,128 +1,77 @@
-"""Checkpoints: written whole or not at all, verified before they are loaded.
+"""Checkpoints: found, verified before anything is loaded, loaded. `mmscale.saver` writes them.
 
-`save` writes into `step-N.tmp/`, every file synced, a manifest of sizes and SHA-256 last, and then renames the folder:
-one without `.tmp` is complete. Each holds the sharded state of DeepSpeed (to resume), `model.safetensors` (to
-evaluate, without DeepSpeed), the resolved config and the position in the data. `find` verifies the newest and falls
-back to the one before. At another world size within ZeRO 1 to 3, DeepSpeed's universal format is made beside it, loaded
-and removed again: it costs seconds, and nothing unverified is left for a later start.
+Each holds the sharded state of DeepSpeed (to resume), `model.safetensors` (to evaluate, without DeepSpeed), the config,
+the tokenizer, and a manifest: sizes and SHA-256 of the files, the position in the data, who wrote it. The ranks verify
+the newest together, each a part of its files, and fall back to the one before; the file `latest` is for people and
+tools, and only checked. At another world size within ZeRO 1 to 3, DeepSpeed's universal format is made beside the
+checkpoint, once, and goes with it. What lies behind an fsspec URL is copied to a folder of each machine while it is
+verified. The trade-off: a start reads every byte of the checkpoint once before it loads it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, overload
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mmscale.config import Config, load_config
 from mmscale.engine import Engine, load_deepspeed
 from mmscale.errors import CheckpointError, ConfigError, UserError
 from mmscale.models import Model
+from mmscale.store import MANIFEST, LocalStore, Store, digest, open_store, read
 from mmscale.tasks import model_for
 from mmscale.world import World
 
 TAG = "deepspeed"
-MANIFEST = "manifest.json"
+POINTER = "latest"
+FOR_THE_MODEL = ("model.safetensors", "config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A verified checkpoint and what its manifest says."""
+    """A verified checkpoint and what its manifest says. path: where its files are on this machine."""
 
     path: Path
     manifest: dict[str, Any]
+    place: str = ""  # where it lies, for messages
+    is_copy: bool = False  # path is this machine's copy of a remote one
 
     @property
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    def __str__(self) -> str:
+        return self.place or str(self.path)
+
 
 def save(
     engine: Engine, folder: Path, *, step: int, state: dict[str, Any], config: Config, keep: int
 ) -> Path:
-    """Writes `folder/step-N/`, then removes all but the newest `keep`. Collective. Raises CheckpointError on all ranks.
+    """A whole checkpoint, at once. Collective. Raises CheckpointError on all ranks."""
+    from mmscale.saver import Saver
 
-    state: json-able, equal on every rank (the data's position and the like).
-    """
-    world = engine.world
-    final, temporary = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
-    error: OSError | None = None
-    if world.rank == 0:
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            need, free = _bytes_needed(engine), shutil.disk_usage(folder).free
-            if free < need:
-                raise OSError(
-                    f"about {need / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free"
-                )
-        except OSError as caught:
-            error = caught
-    _agree_on_write(world, error, temporary)
-    writer = _DurableWriter()
-    engine.deepspeed.checkpoint_engine, before = writer, engine.deepspeed.checkpoint_engine
-    # DeepSpeed adds scripts that make model.safetensors of its files, and it is there; on a full disk their copying
-    # would raise on rank 0 alone and leave the others at a barrier.
-    engine.deepspeed._copy_recovery_script = lambda folder: None
-    try:
-        engine.deepspeed.save_checkpoint(
-            str(temporary), tag=TAG, client_state={"universal_checkpoint_info": {}}, save_latest=False
-        )
-    finally:
-        engine.deepspeed.checkpoint_engine = before
-    weights = engine.weights()
-    error = writer.error
-    if world.rank == 0 and error is None:
-        try:
-            save_file(weights, temporary / "model.safetensors")
-            tokenizer = engine.model.text.tokenizer.to_str(pretty=False)
-            (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-            (temporary / "config.json").write_text(config.to_json(), encoding="utf-8")
-        except OSError as caught:
-            error = caught
-        except SafetensorError as caught:
-            error = OSError(str(caught))
-    _agree_on_write(world, error, temporary)
-    if world.rank == 0:
-        try:
-            manifest = {
-                "step": step,
-                "world_size": world.size,
-                "zero_stage": engine.zero_stage,
-                "state": state,
-                "files": _digests(temporary),
-            }
-            _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-            _sync_tree(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            _sync(folder)
-            for old in complete(folder)[:-keep]:
-                shutil.rmtree(old)
-            # What killed runs left behind.
-            for left in (*folder.glob("step-*.tmp"), *folder.glob("step-*.universal*")):
-                shutil.rmtree(left)
-        except OSError as caught:
-            error = caught
-    _agree_on_write(world, error, temporary)
-    return final
+    train = config.train.model_copy(update={"keep_checkpoints": keep, "max_failed_saves": 1})
+    saver = Saver(engine, folder, config=config.model_copy(update={"train": train}))
+    saver.save(step, state)
+    return folder / step_name(step)
 
 
-def check_finite(losses: Mapping[str, float], step: int, lr: float, folder: Path) -> None:
+def check_finite(losses: Mapping[str, float], step: int, lr: float, folder: Path | str) -> None:
     """Raises UserError before a model that has come apart is saved over a good one."""
     if all(map(math.isfinite, losses.values())):
         return
@@ -133,53 +82,186 @@ def check_finite(losses: Mapping[str, float], step: int, lr: float, folder: Path
     )
 
 
-def complete(folder: Path) -> list[Path]:
+# -------------------------------------------------------------------------------------------------- names and manifests
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_names(store: Store) -> list[str]:
     """The checkpoints whose writing was finished, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.name.startswith("step-") and not p.suffix and p.is_dir())
+    names = [name for name in store.names() if name.startswith("step-") and "." not in name]
+    return [name for name in names if store.is_complete(name)]
 
 
-def find(folder: Path, world: World) -> tuple[Found | None, list[str]]:
-    """The newest checkpoint that verifies, and what was wrong with newer ones. Collective: all ranks get rank 0's.
+@overload
+def complete(folder: Path) -> list[Path]: ...
+@overload
+def complete(folder: str) -> list[str]: ...
+@overload
+def complete(folder: Path | str) -> list[Path] | list[str]: ...
+def complete(folder: Path | str) -> list[Path] | list[str]:
+    """The checkpoints whose writing was finished, oldest first: paths, or URLs where the folder is one."""
+    store = open_store(folder)
+    if isinstance(store, LocalStore):
+        return [store.folder / name for name in step_names(store)]
+    return [store.place(name) for name in step_names(store)]
 
-    Raises CheckpointError where there are checkpoints and none of them verifies: nothing starts over silently.
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """A manifest's bytes, with a digest of its own, or a figure that has changed in it would pass for the written one."""
+    return json.dumps({**body, "sha256": _digest_of(body)}, indent=1).encode()
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """Raises ValueError unless it is a manifest as it was written."""
+    body = json.loads(data)
+    if not isinstance(body, dict) or not isinstance(body.get("files"), dict):
+        raise ValueError("it isn't a manifest")
+    if body.pop("sha256", None) != _digest_of(body):
+        raise ValueError("it has changed since it was written")
+    return body
+
+
+def _digest_of(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- verifying
+
+
+def find(folder: Path | str, world: World) -> tuple[Found | None, list[str]]:
+    """The newest checkpoint that verifies, and what was wrong with others. Collective: the same on all ranks.
+
+    Each rank reads its share of the files, and nothing is loaded before all agree. Raises CheckpointError where there
+    are checkpoints and none of them verifies, or there must have been one: nothing starts over silently.
     """
-    found, problems = None, []
-    if world.rank == 0:
-        paths = complete(folder)
-        for path in reversed(paths):
-            try:
-                found = verify(path)
-                break
-            except CheckpointError as error:
-                problems.append(str(error))
-        if paths and found is None:
-            listed = "\n  ".join(problems)
-            problems = [f"no checkpoint in {folder} can be used:\n  {listed}"]
-    found, problems = world.gather((found, problems))[0]
-    if problems and found is None:
-        raise CheckpointError(problems[0])
-    return found, problems
-
-
-def verify(path: Path) -> Found:
-    """Checks every file of a checkpoint against its manifest. Raises CheckpointError naming the first that differs."""
+    candidates, error = None, None
+    store: Store | None = None
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        files = dict(manifest["files"])
-        Found(path, manifest).step  # noqa: B018  (a manifest without a step is not one)
+        store = open_store(folder)
+        if world.rank == 0:
+            names = step_names(store)
+            candidates = names, _pointer_problems(store, names)
+    except OSError as caught:
+        error = CheckpointError(f"{folder} can't be read: {caught}")
+    world.agree(error)
+    assert store is not None
+    names, problems = world.gather(candidates)[0]
+    for name in reversed(names):
+        found, problem = _verify_together(store, name, world)
+        if found is not None:
+            return found, problems
+        problems.append(problem)
+    if problems:
+        listed = "\n  ".join(problems)
+        raise CheckpointError(f"no checkpoint in {folder} can be used:\n  {listed}")
+    return None, []
+
+
+def _pointer_problems(store: Store, names: list[str]) -> list[str]:
+    """An older one than the newest is what a kill leaves between the two moves: no problem."""
+    place = store.place(POINTER)
+    if store.size(POINTER) is None:
+        return [f"{place} is missing; the newest of the folder is taken"] if names else []
+    try:
+        named = read(store, POINTER).decode().strip()
+    except ValueError:
+        named = ""
+    if named in names:
+        return []
+    return [f"{place} names {named[:40]!r}, which is no checkpoint here; the newest of the folder is taken"]
+
+
+def _verify_together(store: Store, name: str, world: World) -> tuple[Found | None, str]:
+    manifest, problem = None, None
+    if world.rank == 0:
+        try:
+            manifest = read_manifest(store, name)
+        except CheckpointError as error:
+            problem = str(error)
+    manifest, problem = world.gather((manifest, problem))[0]
+    if manifest is None:
+        return None, problem
+    path, share, of = Path(store.place(name)), world.rank, world.size
+    if store.is_remote:
+        # Every machine needs a copy, which its ranks make together.
+        path, share, of = _copy_folder(store, name, manifest), world.local_rank, world.local_size
+    try:
+        files = sorted(manifest["files"].items())
+        for file, (size, expected) in files[share::of]:
+            check_file(store, f"{name}/{file}", size, expected, path / file if store.is_remote else None)
+    except CheckpointError as error:
+        problem = str(error)
+    [*problems] = filter(None, world.gather(problem))
+    if problems:
+        if store.is_remote and world.local_rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+        return None, problems[0]
+    return Found(path, manifest, store.place(name), store.is_remote), ""
+
+
+def _copy_folder(store: Store, name: str, manifest: Mapping[str, Any]) -> Path:
+    """The same for all ranks of a machine, another one for another checkpoint or user."""
+    key = hashlib.sha256(f"{store}/{name}/{_digest_of(manifest)}".encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"mmscale-{os.getuid()}-{key}" / name
+
+
+def read_manifest(store: Store, name: str) -> dict[str, Any]:
+    """Raises CheckpointError."""
+    try:
+        manifest = unseal(read(store, f"{name}/{MANIFEST}"))
+        int(manifest["step"])
+        [(size, expected) for size, expected in manifest["files"].values()]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} can't be read: {error}") from None
-    for name, (size, digest) in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, written were {size}")
-        if _sha256(file) != digest:
-            raise CheckpointError(f"{file} has changed since it was written")
-    return Found(path, manifest)
+        raise CheckpointError(f"{store.place(name)}: {MANIFEST} can't be read: {error}") from None
+    return manifest
+
+
+def check_file(store: Store, name: str, size: int, expected: str, copy: Path | None = None) -> None:
+    """Raises CheckpointError naming the file unless it is as it was written. copy: where to put it meanwhile."""
+    place = store.place(name)
+    try:
+        found = store.size(name)
+        if found is None:
+            raise CheckpointError(f"{place} is missing")
+        if found != size:
+            raise CheckpointError(f"{place} has {found} bytes, written were {size}")
+        if copy is None:
+            same = digest(store, name) == expected
+        else:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with copy.open("wb") as target:
+                same = digest(store, name, target) == expected
+    except OSError as error:
+        raise CheckpointError(f"{place} can't be read: {error}") from None
+    if not same:
+        raise CheckpointError(f"{place} has changed since it was written")
+
+
+def verify(path: Path | str) -> Found:
+    """Checks every file of a checkpoint against its manifest. Raises CheckpointError naming the first that differs."""
+    folder, name = _split(path)
+    try:
+        store = open_store(folder)
+    except OSError as error:
+        raise CheckpointError(str(error)) from None
+    manifest = read_manifest(store, name)
+    for file, (size, expected) in sorted(manifest["files"].items()):
+        check_file(store, f"{name}/{file}", size, expected)
+    return Found(Path(path), manifest, store.place(name))
+
+
+def _split(path: Path | str) -> tuple[Path | str, str]:
+    if isinstance(path, str) and "://" in path:
+        folder, name = path.rstrip("/").rsplit("/", 1)
+        return folder, name
+    path = Path(path).absolute()
+    return path.parent, path.name
+
+
+# -------------------------------------------------------------------------------------------------- loading
 
 
 def needs_conversion(found: Found, world_size: int, zero_stage: int) -> bool:
@@ -187,22 +269,25 @@ def needs_conversion(found: Found, world_size: int, zero_stage: int) -> bool:
     saved_size, saved_stage = found.manifest["world_size"], found.manifest["zero_stage"]
     if saved_stage != zero_stage:
         raise ConfigError(
-            f"engine.zero_stage={zero_stage}: {found.path} was written with zero_stage={saved_stage}; "
+            f"engine.zero_stage={zero_stage}: {found} was written with zero_stage={saved_stage}; "
             "resume with that, or start another run"
         )
     return saved_size != world_size and zero_stage > 0
 
 
 def load(engine: Engine, found: Found, *, universal: bool) -> None:
-    """Loads weights and optimizer into a fresh engine (made with universal=True if so). Collective."""
+    """Loads weights and optimizer into an engine, a fresh one or one that has trained. Collective."""
     world, path = engine.world, found.path
+    engine.deepspeed._config.load_universal_checkpoint = universal
     if universal:
         path, error = found.path.with_name(f"{found.path.name}.universal"), None
-        if world.rank == 0:
+        if (world.local_rank if found.is_copy else world.rank) == 0:
             try:
-                _convert(found.path / TAG, path)
+                _make_universal(found, path)
             except UserError as caught:
                 error = caught
+            except OSError as caught:
+                error = CheckpointError(f"{path} can't be written: {caught.strerror or caught}")
         world.agree(error)
     optimizer = engine.deepspeed.optimizer
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -216,8 +301,8 @@ def load(engine: Engine, found: Found, *, universal: bool) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
-    if universal and world.rank == 0:
-        shutil.rmtree(path)
+    if found.is_copy and world.local_rank == 0:  # agreed above: all have read it
+        shutil.rmtree(found.path.parent, ignore_errors=True)
 
 
 @contextmanager
@@ -238,158 +323,101 @@ def _stand_ins(optimizer: Any) -> Iterator[None]:
             parameter._hp_mapping, parameter.load_hp_checkpoint_state = None, method
 
 
-def load_model(path: Path) -> tuple[Model, Config]:
-    """The model of a checkpoint (or of a run's newest one) on the CPU, in evaluation mode, and its config.
-
-    Raises CheckpointError or ConfigError.
-    """
-    if not path.exists():
-        raise ConfigError(f"{path}: there is no such run or checkpoint")
-    if (path / "checkpoints").is_dir():
-        found = complete(path / "checkpoints")
-        if not found:
-            raise CheckpointError(f"{path} has no checkpoint yet")
-        path = found[-1]
-    if not (path / MANIFEST).is_file():
-        raise ConfigError(f"{path} is neither a run's folder nor a checkpoint: there is no {MANIFEST} in it")
-    verify(path)
-    config = load_config(path / "config.json")
-    # Its own words, wherever the run's tokenizer has gone, and kernels that a CPU has too.
-    text = config.model.text.model_copy(update={"tokenizer": str(path / "tokenizer.json")})
-    own = config.model.model_copy(update={"text": text, "kernels": "auto"})
-    model = model_for(config.model_copy(update={"model": own}))
-    model.load_state_dict(load_file(path / "model.safetensors"))
-    return model.float().eval(), config
-
-
-class _DurableWriter:
-    """What DeepSpeed writes through: synced files, and no exception that would leave the other ranks at a barrier."""
-
-    def __init__(self) -> None:
-        self.error: OSError | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
+def _make_universal(found: Found, target: Path) -> None:
+    """Converts a checkpoint, unless that was done before and is still as it was left."""
+    store, source = LocalStore(target.parent), _digest_of(found.manifest)
+    with warnings.catch_warnings():
         try:
-            with _NotingFile(path, "wb") as raw:
-                try:
-                    with io.BufferedWriter(raw) as file:
-                        torch.save(state_dict, file)
-                        file.flush()
-                        os.fsync(file.fileno())
-                except RuntimeError:  # what torch makes of a failed write
-                    if raw.error is None:
-                        raise
-                    raise raw.error from None
-        except OSError as error:
-            self.error = error
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        Path(path).mkdir(parents=True, exist_ok=exist_ok)
-
-    def create(self, info: Any) -> None: ...
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        return dp_rank == 0
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def set_commit_info(self, info: Any) -> None: ...
-
-    def preserves_storage_sharing(self) -> bool:
-        return True
-
-
-class _NotingFile(io.FileIO):
-    """A file that remembers the first error of a write, which torch.save turns into other words."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-
-def _agree_on_write(world: World, error: OSError | None, temporary: Path) -> None:
-    """Raises on all ranks if one couldn't write, and removes what was written of this checkpoint."""
-    try:
-        world.agree(None if error is None else CheckpointError(_explain(error, temporary)))
-    except CheckpointError:
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        world.barrier()  # so that every rank finds room again to say in its log why it ends
-        raise
-
-
-def _explain(error: OSError, temporary: Path) -> str:
-    last = complete(temporary.parent)
-    kept = f"the newest good one is {last[-1]}" if last else "there is none before it"
-    return f"checkpoint {temporary.with_suffix('')} can't be written: {error.strerror or error}; {kept}"
-
-
-def _bytes_needed(engine: Engine) -> int:
-    """A little above what all ranks will write: float32 weights to train, their master copy, those to evaluate, and two
-    Adam moments.
-    """
-    shapes = (getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
-    return int(sum(shapes) * 5 * 4 * 1.1)
+            manifest = unseal((target / MANIFEST).read_bytes())
+            for file, (size, expected) in manifest["files"].items():
+                check_file(store, f"{target.name}/{file}", size, expected)
+            if manifest["source"] == source:
+                return
+        except (OSError, ValueError, KeyError, CheckpointError):
+            pass  # none yet, or none any more
+    staging = f"{target.name}.tmp"
+    for left in (staging, target.name):
+        store.remove(left)
+    _convert(found.path / TAG, target.with_name(staging) / TAG)
+    files = {}
+    for file in sorted(path for path in target.with_name(staging).rglob("*") if path.is_file()):
+        name = file.relative_to(target.with_name(staging)).as_posix()
+        files[name] = file.stat().st_size, digest(store, f"{staging}/{name}")
+    store.write(f"{staging}/{MANIFEST}", lambda raw: raw.write(seal({"source": source, "files": files})))
+    store.commit(staging, target.name)
 
 
 def _convert(source: Path, target: Path) -> None:
     """DeepSpeed's own converter, in a process of its own since it starts a pool of workers."""
     load_deepspeed()
-    temporary = target.with_suffix(".universal-tmp")
-    for left in (temporary, target):  # by a start that was killed
-        shutil.rmtree(left, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source)]
-    command += [
-        "--output_folder",
-        str(temporary / TAG),
-        "--num_extract_workers",
-        "1",
-        "--num_merge_workers",
-        "1",
-    ]
+    command += ["--output_folder", str(target), "--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(target.parent, ignore_errors=True)
         raise CheckpointError(
             f"{source} can't be converted to another world size: {done.stderr.strip()[-2000:]}"
         )
-    temporary.rename(target)
 
 
-def _digests(folder: Path) -> dict[str, tuple[int, str]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): (p.stat().st_size, _sha256(p)) for p in files}
+def load_model(path: Path | str) -> tuple[Model, Config]:
+    """The model of a checkpoint (or of a run's newest one) on the CPU, in evaluation mode, and its config.
 
+    Of a run, a damaged newest checkpoint is passed over with a warning; one that is asked for by its own name is not.
+    Only the files that the model needs are verified. Raises CheckpointError or ConfigError.
+    """
+    from mmscale.runs import checkpoints_of  # which imports this module
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    remote = isinstance(path, str) and "://" in path
+    if not remote:
+        path = Path(path)
+        if not path.exists():
+            raise ConfigError(f"{path}: there is no such run or checkpoint")
+    folder, name = _split(path)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if open_store(folder).size(f"{name}/{MANIFEST}") is not None:
+            return _load_model(open_store(folder), name)
+        folder = path
+        if isinstance(path, Path) and (path / "config.json").is_file():
+            folder = checkpoints_of(load_config(path / "config.json"), path)
+        elif isinstance(path, Path) and (path / "checkpoints").is_dir():
+            folder = path / "checkpoints"
+        elif not remote:
+            raise ConfigError(
+                f"{path} is neither a run's folder nor a checkpoint: there is no {MANIFEST} in it"
+            )
+        store = open_store(folder)
+        names = step_names(store)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from None
+    if not names:
+        raise CheckpointError(f"{path} has no checkpoint yet")
+    problems = []
+    for name in reversed(names):
+        try:
+            loaded = _load_model(store, name)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"passed over a damaged checkpoint: {problem}", stacklevel=2)
+        return loaded
+    listed = "\n  ".join(problems)
+    raise CheckpointError(f"no checkpoint in {folder} can be used:\n  {listed}")
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+def _load_model(store: Store, name: str) -> tuple[Model, Config]:
+    files = read_manifest(store, name)["files"]
+    with tempfile.TemporaryDirectory(prefix="mmscale-") as copies:
+        path = Path(copies) if store.is_remote else Path(store.place(name))
+        for file in FOR_THE_MODEL:
+            if file not in files:
+                raise CheckpointError(f"{store.place(name)}: {MANIFEST} doesn't list {file}")
+            check_file(store, f"{name}/{file}", *files[file], path / file if store.is_remote else None)
+        config = load_config(path / "config.json")
+        # Its own words, wherever the run's tokenizer has gone, and kernels that a CPU has too.
+        text = config.model.text.model_copy(update={"tokenizer": str(path / "tokenizer.json")})
+        own = config.model.model_copy(update={"text": text, "kernels": "auto"})
+        model = model_for(config.model_copy(update={"model": own}))
+        model.load_state_dict(load_file(path / "model.safetensors"))
+    return model.float().eval(), config

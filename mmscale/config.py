@@ -573,6 +573,14 @@ def _problems_between(sections: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"train.save_clock={train.save_clock} must be wall time, as 10m; train.save_every takes steps"
         )
+    if train and train.keep_best is not None and data and tasks is not None:
+        evaluation, _, rest = train.keep_best.partition("/")
+        task, _, metric = rest.partition("/")
+        if evaluation not in data.evals or task not in tasks or not metric:
+            problems.append(
+                f"train.keep_best={train.keep_best} must be SET/TASK/METRIC with one of data.evals "
+                f"({', '.join(data.evals) or 'there are none'}) and one of tasks ({', '.join(tasks)})"
+            )
     if train and train.eval_every is not None:
         if duration_unit(train.eval_every) in ("m", "h"):
             problems.append(

@@ -105,7 +105,8 @@ class Engine:
         universal: bool = False,
     ) -> None:
         deepspeed = load_deepspeed()
-        self.world, self.accumulation, self.zero_stage = world, accumulation, config.zero_stage
+        self.world, self.accumulation = world, accumulation
+        self.zero_stage, self.precision = config.zero_stage, config.precision
         options = deepspeed_config(
             config,
             micro_batch=micro_batch,
@@ -216,6 +217,12 @@ class Engine:
             for one in leaves
         ]
         return loss.detach(), gradients
+
+    def describe(self) -> str:
+        """How large the model is, and how it is spread."""
+        number = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        ranks = f"{self.world.size} rank{'s' * (self.world.size > 1)} on {self.world.device.type}"
+        return f"{number / 1e6:.1f} M parameters, ZeRO-{self.zero_stage}, {self.precision}, {ranks}"
 
     @property
     def gradient_norm(self) -> float | None:

@@ -7,8 +7,7 @@
     if not result.applied:
         run.say(explain_skip(engine, task, parts, batch.sample_keys, step=step, loss=result.loss))
     if guard.after_step(step, result.applied):                  # so many in a row: go back
-        run.say(guard.rolled_back(step, to=found.step))         # raises Diverged when that hasn't helped
-        checkpoint.load(engine, found, universal=...)
+        roll_back(engine, guard, saver, run, step)              # raises Diverged when that hasn't helped
     spike = guard.after_log([(step, task.name, loss), ...])     # on log steps, the global losses since the last
 
 Everything here depends on values that are equal on all ranks, so all ranks decide alike.
@@ -25,16 +24,20 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmscale import checkpoint
 from mmscale.config import GuardConfig
 from mmscale.engine import Engine, held_weights
-from mmscale.errors import Diverged
+from mmscale.errors import CheckpointError, Diverged
 from mmscale.models.model import Batch
+from mmscale.runs import Run
+from mmscale.saver import Saver
 from mmscale.tasks import Task
 
 REMEDY = "lower optim.lr, set optim.clip_norm, or look at the samples that the messages before name"
@@ -268,3 +271,17 @@ def _bad_rows(values: Tensor) -> list[int]:
         return []
     found: list[int] = (~values.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     return found
+
+
+def roll_back(engine: Engine, guard: Guard, saver: Saver, run: Run, step: int) -> None:
+    """Loads the newest good checkpoint into the engine that trains. Collective.
+
+    Raises Diverged where that is no use.
+    """
+    with suppress(CheckpointError):  # a save that fails now: then it is the one before
+        saver.wait()
+    found, _ = checkpoint.find(run.checkpoints, engine.world)
+    run.say(guard.rolled_back(step, to=None if found is None else found.step))
+    assert found is not None  # else it has raised
+    universal = checkpoint.needs_conversion(found, engine.world.size, engine.zero_stage)
+    checkpoint.load(engine, found, universal=universal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -160,11 +161,12 @@ class LoaderMeter:
         self._last, self._last_s = now, now_s
         return rates
 
-    def warning(self, step: int, data_wait_frac: float, *, threads: int, cores: int) -> str | None:
+    def warning(self, step: int, data_wait_frac: float, *, threads: int) -> str | None:
         """Once, and early: that the loader is the limit, and the cheapest remedy."""
         if self._warned or step - self._first_step < _WARM_UP_STEPS or data_wait_frac < STALL_WARNING:
             return None
         self._warned = True
+        cores = max(1, (os.cpu_count() or 1) // self._world.local_size)
         return f"training waits for data {data_wait_frac:.0%} of the time; " + remedy(
             self._stream.stats(), threads=threads, cores=cores
         )
@@ -185,11 +187,18 @@ def remedy(stats: Mapping[str, float], *, threads: int, cores: int) -> str:
     )
 
 
-def mean_losses(pending: Sequence[tuple[str, torch.Tensor]], world: World) -> dict[str, float]:
-    """The mean loss over the steps since the last log: of all, and of each task."""
-    values = world.sum(torch.stack([loss for _, loss in pending]).tolist())
-    groups: dict[str, list[float]] = {"all": values}
-    for (name, _), value in zip(pending, values, strict=True):
+def global_losses(
+    pending: Sequence[tuple[int, str, torch.Tensor]], world: World
+) -> list[tuple[int, str, float]]:
+    """(step, task, loss) with the losses of all ranks, of the steps since the last log; waits for the device."""
+    values = world.sum(torch.stack([loss for *_, loss in pending]).tolist())
+    return [(step, name, value) for (step, name, _), value in zip(pending, values, strict=True)]
+
+
+def mean_losses(losses: Sequence[tuple[int, str, float]]) -> dict[str, float]:
+    """The mean loss over steps: of all, and of each task."""
+    groups: dict[str, list[float]] = {"all": [value for *_, value in losses]}
+    for _, name, value in losses:
         groups.setdefault(name, []).append(value)
     return {name: sum(group) / len(group) for name, group in groups.items()}
 

@@ -89,11 +89,18 @@ class Run:
         self.attempt = attempt
         self._log = folder / "logs" / f"rank-{rank}.log"
         self._keys: TextIO | None = None
+        self._at_end: list[Callable[[], None]] = []
         self._log.parent.mkdir(parents=True, exist_ok=True)
         if os.environ.get(CAPTURE):
             _capture(self._log)
 
+    def call_at_end(self, callback: Callable[[], None]) -> None:
+        """Before the run is closed, however it ends."""
+        self._at_end.append(callback)
+
     def close(self) -> None:
+        while self._at_end:
+            self._at_end.pop()()
         for file in (self._keys, self._lock):
             if file is not None:
                 file.close()
@@ -121,6 +128,12 @@ class Run:
         # A log must not end what it tells of, as on a full disk.
         with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def tell(self, event: Event) -> None:
+        """An event for whoever watches; the words of a message go into the log, too."""
+        if event["event"] == "message":
+            self.log(event["text"])
+        self.emit(event)
 
     def say(self, text: str) -> None:
         """To the rank's log, and to the terminal from rank 0."""
@@ -158,6 +171,22 @@ class Run:
                 },
             )
         self.emit({"event": "eval", **entry})
+
+    def scores(self, metric: str | None) -> dict[int, float]:
+        """What the evaluations gave for SET/TASK/METRIC, by step; rank 0's, nothing on others."""
+        if metric is None or self.rank != 0:
+            return {}
+        found, known = {}, set()
+        for entry in self.evaluations():
+            for task, metrics in entry["tasks"].items():
+                names = {f"{entry['set']}/{task}/{name}": part["value"] for name, part in metrics.items()}
+                known.update(names)
+                if metric in names:
+                    found[entry["step"]] = names[metric]
+        if known and not found:
+            listed = "\n  ".join(sorted(known))
+            self.say(f"train.keep_best={metric} keeps nothing: the evaluations give\n  {listed}")
+        return found
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far; of two at one step and set, as a restart makes them, the later one."""

@@ -7,7 +7,6 @@ with the very next sample.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +22,13 @@ from mmscale.engine import Engine
 from mmscale.errors import ConfigError, Preempted, UserError
 from mmscale.evals.evaluate import evaluate
 from mmscale.evals.report import write_report
+from mmscale.guards import Guard, explain_skip, roll_back
 from mmscale.heartbeat import Heartbeat
-from mmscale.metrics import Event, LoaderMeter, Window, Writer, all_ranks, mean_losses
+from mmscale.metrics import Event, LoaderMeter, Window, Writer, all_ranks, global_losses, mean_losses
 from mmscale.optim import learning_rate
 from mmscale.pipeline import check_world, drop_complete, micro_batches, open_run_data
 from mmscale.runs import Run, StopRequest, open_run
+from mmscale.saver import Saver
 from mmscale.tasks import TASKS, schedule
 from mmscale.world import World, close_world, init_world
 
@@ -96,24 +97,29 @@ def _train(
     )
     step, before_s, skipped = 0, 0.0, 0
     faults: dict[str, int] = {}  # before this start, by all ranks
-    last_saved: int | None = None
+    saver = Saver(
+        engine,
+        run.checkpoints,
+        config=config,
+        check_owner=run.check_owner,
+        on_event=run.tell,
+        attempt=run.attempt,
+    )
+    run.call_at_end(saver.close)
+    guard = Guard(config.guard)
     if found is not None:
         checkpoint.load(engine, found, universal=universal)
         state = found.manifest["state"]
         step, before_s, skipped, faults = found.step, state["seconds"], state["skipped"], state["faults"]
-        last_saved = step
+        saver.last_saved = step
+        guard.load_state(state["guard"])
         stream.load_state_dict(state["stream"])  # an error of it is the same on every rank
         run.say(f"resumed at step {step} from {found.path}")
         kernels = kernel_configs.record(world.device)
         if change := kernel_configs.changes(state.get("kernels", kernels), kernels):
             run.say(f"results may differ in their last bits from those of an uninterrupted run: {change}")
     else:
-        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        run.say(
-            f"{num_parameters / 1e6:.1f} M parameters, ZeRO-{config.engine.zero_stage}, {config.engine.precision}, "
-            f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; "
-            f"{stream.num_samples} samples, {batch_size} a step"
-        )
+        run.say(f"{engine.describe()}; {stream.num_samples} samples, {batch_size} a step")
 
     for text in stream.notes():
         run.say(text)
@@ -124,7 +130,7 @@ def _train(
         run.forget_keys(after=step)
     beat.resume_at(step=step, samples=step * batch_size)
     window = Window(before_s=before_s)
-    pending: list[tuple[str, torch.Tensor]] = []  # the losses since the last log, on the device
+    pending: list[tuple[int, str, torch.Tensor]] = []  # the losses since the last log, on the device
 
     def run_evaluation(at: int) -> None:
         resume = window.pause()
@@ -135,26 +141,25 @@ def _train(
                 engine.deepspeed, engine.model, tasks, shards, config=config, world=world, on_batch=beat.beat
             )
             run.add_evaluation(at, name, results, writer)
+        for when, value in run.scores(config.train.keep_best).items():
+            saver.set_score(when, value)
         resume()
 
-    def save(at: int) -> None:
-        nonlocal last_saved
+    def save(at: int, *, then_go_on: bool) -> None:
         resume = window.pause()
         beat.phase("save")
         if pending:
-            checkpoint.check_finite(mean_losses(pending, world), at, config.optim.lr, run.checkpoints)
+            losses = mean_losses(global_losses(pending, world))
+            checkpoint.check_finite(losses, at, config.optim.lr, run.checkpoints)
         state = {
             "stream": stream.state_dict(),
             "seconds": window.total_s,
             "skipped": skipped,
             "faults": dict(meter.counts),
+            "guard": guard.state(),
             "kernels": kernel_configs.record(world.device),
         }
-        path = checkpoint.save(
-            engine, run.checkpoints, step=at, state=state, config=config, keep=config.train.keep_checkpoints
-        )
-        run.emit({"event": "save", "step": at, "path": str(path)})
-        last_saved = at
+        (saver.start if then_go_on else saver.save)(at, state)
         resume()
 
     if step == 0 and config.data.evals:
@@ -182,10 +187,10 @@ def _train(
         out_of_time = plan.total_s is not None and window.total_s >= plan.total_s and world.rank == 0
         late = plan.save_s is not None and time.monotonic() - last_save >= plan.save_s and world.rank == 0
         asked = world.rank == 0 and stop.by_file(run.folder)
-        flags = [error is not None, stop.by_signal, asked, out_of_time, late]
+        flags = [error is not None, stop.by_signal, asked, out_of_time, late, saver.poll() is not None]
         beat.phase("sync")
         sums = world.sum([*flags, rows, weight, tokens, wait, meter.num_new()])
-        failed, signalled, asked, ended, save_now = map(bool, sums[: len(flags)])
+        failed, signalled, asked, ended, save_now, settled = map(bool, sums[: len(flags)])
         all_rows, all_weight, all_tokens, all_wait, all_faults = sums[len(flags) :]
         stopped = signalled or asked
         if failed:
@@ -198,9 +203,16 @@ def _train(
             beat.phase("forward")
             engine.set_learning_rate(rate)
             on_device = [to_device(drop_complete(part), world.device) for part in parts]
-            pending.append((name, engine.train_step(task, on_device, weight=all_weight, beat=beat).loss))
+            result = engine.train_step(task, on_device, weight=all_weight, beat=beat)
+            if result.applied:
+                pending.append((step + 1, name, result.loss))
+            else:
+                assert batch is not None
+                keys = batch.sample_keys
+                run.say(explain_skip(engine, task, on_device, keys, step=step + 1, loss=result.loss))
+            go_back = guard.after_step(step + 1, result.applied)
         else:
-            skipped += 1
+            skipped, go_back = skipped + 1, False
         step += 1
         beat.end_step(step=step, samples=step * batch_size)
         if config.train.log_keys and batch is not None:
@@ -210,7 +222,11 @@ def _train(
 
         # Log: the one place where the device is waited for.
         if pending and (step % config.train.log_every == 0 or at_end or stopped):
-            losses = mean_losses(pending, world)
+            each = global_losses(pending, world)
+            losses = mean_losses(each)
+            if spike := guard.after_log(each):
+                run.say(str(spike))
+                go_back = go_back or spike.roll_back
             rates = window.close()
             pending.clear()
             line = {
@@ -224,32 +240,36 @@ def _train(
                 "grad_norm": engine.gradient_norm,
                 **all_ranks(beat, world),
                 **meter.rates(step * batch_size),
+                **guard.counts(),
                 **{f"loss/{name}": value for name, value in losses.items() if name != "all"},
             }
             if writer is not None:
                 writer.log(line)
             eta = (total_steps - step) * rates["step_s"] if total_steps is not None else None
             run.emit({"event": "log", "total_steps": total_steps, "eta_s": eta, **line})
-            cores = max(1, (os.cpu_count() or 1) // world.local_size)
-            if advice := meter.warning(
-                step, rates["data_wait_frac"], threads=config.data.threads, cores=cores
-            ):
+            if advice := meter.warning(step, rates["data_wait_frac"], threads=config.data.threads):
                 run.say(advice)
-            checkpoint.check_finite(losses, step, config.optim.lr, run.checkpoints)
+            if not go_back:
+                checkpoint.check_finite(losses, step, config.optim.lr, run.checkpoints)
+        if go_back:
+            roll_back(engine, guard, saver, run, step)
+            pending.clear()
 
         # Evaluate, save, stop.
         if plan.eval_steps and step % plan.eval_steps == 0 and not at_end:
             run_evaluation(step)
+        if settled and (outcome := saver.settle()) is not None and outcome.error is not None:
+            save_now = True  # again
         if save_now or (plan.save_steps and step % plan.save_steps == 0 and not at_end) or stopped:
-            save(step)
+            save(step, then_go_on=not (stopped or at_end))
             last_save = time.monotonic()
         if stopped and not at_end:
             told = Preempted(f"stopped at step {step}, saved; the same command goes on from there")
             told.by_request = asked
             raise told
 
-    if last_saved != step:
-        save(step)
+    if saver.last_saved != step:
+        save(step, then_go_on=False)
     if config.data.evals:
         run_evaluation(step)
     report = {

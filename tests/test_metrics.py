@@ -241,15 +241,18 @@ def test_rates_of_the_loader(tmp_path: Path) -> None:
     assert meter.rates(samples=200)["data/mb_per_s"] == 0
 
 
-def test_a_slow_loader_is_told_once_with_the_cheapest_remedy(tmp_path: Path) -> None:
+def test_a_slow_loader_is_told_once_with_the_cheapest_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     loader = FakeLoader()
     meter = make_meter(loader, tmp_path, step=100)
-    assert meter.warning(105, 0.9, threads=1, cores=4) is None  # too early
-    assert meter.warning(110, 0.1, threads=1, cores=4) is None  # not slow
-    text = meter.warning(120, 0.4, threads=1, cores=4)
+    assert meter.warning(105, 0.9, threads=1) is None  # too early
+    assert meter.warning(110, 0.1, threads=1) is None  # not slow
+    text = meter.warning(120, 0.4, threads=1)
     assert text is not None
     assert "waits for data 40% of the time" in text
     assert "data.threads=4" in text
-    assert meter.warning(130, 0.9, threads=1, cores=4) is None  # once
+    assert meter.warning(130, 0.9, threads=1) is None  # once
     assert "cache_mb" in remedy(loader.stats(), threads=4, cores=4)
     assert "faster disk" in remedy({**loader.stats(), "read_s": 90.0}, threads=4, cores=4)

@@ -259,7 +259,7 @@ def test_a_model_that_comes_apart_is_not_saved(scene_shards: Path, tmp_path: Pat
         "train.save_every=1",
         "train.keep_checkpoints=20",
     )
-    with pytest.raises(UserError, match=r"the loss is nan by step \d+: lower optim.lr=1e\+30"):
+    with pytest.raises(UserError, match="3 steps in a row had gradients that aren't finite by step .* lower optim.lr"):
         train(config)
     for path in checkpoint.complete(tmp_path / "run" / "checkpoints"):
         weights = load_file(path / "model.safetensors")
