@@ -18,7 +18,7 @@ import torch
 from mmscale_kernels import configs as kernel_configs
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import run_config
+from tiny_run import run_config, with_loud_sounds
 
 from mmscale import checkpoint
 from mmscale.config import load_config
@@ -259,7 +259,9 @@ def test_a_model_that_comes_apart_is_not_saved(scene_shards: Path, tmp_path: Pat
         "train.save_every=1",
         "train.keep_checkpoints=20",
     )
-    with pytest.raises(UserError, match="3 steps in a row had gradients that aren't finite by step .* lower optim.lr"):
+    with pytest.raises(
+        UserError, match=r"3 steps in a row had gradients that aren't finite by step .* lower optim.lr"
+    ):
         train(config)
     for path in checkpoint.complete(tmp_path / "run" / "checkpoints"):
         weights = load_file(path / "model.safetensors")
@@ -426,3 +428,32 @@ def test_random_crops_are_drawn_by_seed_and_row(scene_shards: Path, tmp_path: Pa
     assert losses("again", "data.augment.image.crop=[0.3,0.6]", "data.threads=3") == cropped
     with pytest.raises(ConfigError, match=r"crop=\[0\.3, 0\.6\].*give cache_mb=0, not 8"):
         losses("cached", "data.augment.image.crop=[0.3,0.6]", "data.cache_mb=8")
+
+
+@pytest.mark.parametrize("num_bad", [2, 3])
+def test_bad_steps_are_left_out_and_three_in_a_row_go_back(
+    scene_shards: Path, tmp_path: Path, num_bad: int
+) -> None:
+    changes = ["data.shuffle=false", "data.evals={}", 'tasks={"audio_text": 1.0}', "train.log_keys=true"]
+    changes += ["train.duration=9", "train.save_every=4", "train.log_every=1", "optim.schedule=constant"]
+    good = run_config(scene_shards, f"run.dir={tmp_path / 'good'}", *changes)
+    train(good)
+    read = {
+        line["step"]: line["keys"] for line in read_json_lines(tmp_path / "good" / "keys" / "rank-0.jsonl")
+    }
+    bad = [read[step][3] for step in range(5, 5 + num_bad)]  # a sample each; step 4 is saved before
+    with_loud_sounds(scene_shards, tmp_path, bad)
+
+    events: list[Event] = []
+    config = good.override(f"data.train={tmp_path / 'train'}", f"run.dir={tmp_path / 'run'}")
+    assert train(config, events.append)["step"] == 9
+    told = [event["text"] for event in events if event["event"] == "message"]
+    left_out = [text for text in told if "was left out on all ranks" in text]
+    assert [key for key in bad if any(key in text for text in left_out)] == bad
+    assert len(left_out) == num_bad
+    steps = [line["step"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [step for step in range(1, 10) if not 5 <= step < 5 + num_bad]
+    last = read_json_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["guard/skipped_steps"] == num_bad
+    back = [text for text in told if "back to the weights and optimizer of step 4" in text]
+    assert len(back) == last["guard/rollbacks"] == (num_bad == 3)

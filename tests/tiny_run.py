@@ -7,7 +7,13 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+from collections.abc import Collection
 from pathlib import Path
+
+import numpy as np
+import soundfile
 
 from mmscale.config import Config
 from mmscale.recipes import get
@@ -69,3 +75,27 @@ def run_config(shards: Path, *changes: str) -> Config:
     name `run.dir`.
     """
     return get("quickstart").override(*run_changes(shards), *changes)
+
+
+def with_loud_sounds(scenes: Path, folder: Path, keys: Collection[str]) -> None:
+    """A copy of the training shards, folder/train, in which some samples' sounds are float WAVs, finite and absurd.
+
+    So are those of a file whose integers were taken for floats. NaN itself is refused when a file is decoded; the power
+    spectrum of 1e25 isn't finite in fp32. keys: "shard-stem/key", or the key alone.
+    """
+    wave = io.BytesIO()
+    tone = 1e25 * np.sin(np.arange(8000, dtype=np.float32))
+    soundfile.write(wave, tone.astype(np.float32), 16000, format="WAV", subtype="FLOAT")
+    names = {key.rpartition("/")[2] for key in keys}
+    (folder / "train").mkdir()
+    for shard in (scenes / "train").glob("*.tar"):
+        with tarfile.open(shard) as source, tarfile.open(folder / "train" / shard.name, "w") as target:
+            for member in source:
+                file = source.extractfile(member)
+                assert file is not None
+                body = file.read()
+                key, _, extension = member.name.rpartition(".")
+                if extension == "flac" and key in names:
+                    member.name, body = f"{key}.wav", wave.getvalue()
+                member.size = len(body)
+                target.addfile(member, io.BytesIO(body))

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import shutil
 import sys
-import tarfile
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from ranks import run_ranks
 from tiny import join_world, make_engine, run_step, tiny_config
+from tiny_run import with_loud_sounds
 from torch import Tensor
 
 from mmscale import checkpoint
@@ -285,28 +282,6 @@ def test_going_back_after_the_number_of_ranks_has_changed(
 # -------------------------------------------------------------------------------------------------- real files
 
 
-def with_a_loud_sound(scenes: Path, folder: Path, key: str) -> None:
-    """A copy of the training shards in which one sample's sound is a float WAV whose values are finite and absurd.
-
-    So are those of a file whose integers were taken for floats. NaN itself is refused when the file is decoded; the power
-    spectrum of 1e25 isn't finite in fp32.
-    """
-    wave = io.BytesIO()
-    tone = 1e25 * np.sin(np.arange(8000, dtype=np.float32))
-    soundfile.write(wave, tone.astype(np.float32), 16000, format="WAV", subtype="FLOAT")
-    (folder / "train").mkdir()
-    for shard in (scenes / "train").glob("*.tar"):
-        with tarfile.open(shard) as source, tarfile.open(folder / "train" / shard.name, "w") as target:
-            for member in source:
-                file = source.extractfile(member)
-                assert file is not None
-                body = file.read()
-                if member.name == f"{key}.flac":
-                    member.name, body = f"{key}.wav", wave.getvalue()
-                member.size = len(body)
-                target.addfile(member, io.BytesIO(body))
-
-
 def read_and_step(scenes: Path, shards: Path) -> tuple[bool, list[str], str]:
     world = join_world()
     config = tiny_config(scenes, f"data.train={shards}", "engine.zero_stage=2")
@@ -320,7 +295,7 @@ def read_and_step(scenes: Path, shards: Path) -> tuple[bool, list[str], str]:
 def test_the_sample_of_a_real_shard_is_named(scene_shards: Path, tmp_path: Path) -> None:
     world = World(0, 2, 0, 2, torch.device("cpu"), control=None)  # type: ignore[arg-type]
     key = first_batch(tiny_config(scene_shards), world).sample_keys[4]
-    with_a_loud_sound(scene_shards, tmp_path, key)
+    with_loud_sounds(scene_shards, tmp_path, {key})
     for rank, found in enumerate(run_ranks(2, read_and_step, scene_shards, tmp_path / "train")):
         applied, keys, text = found
         assert not applied
@@ -354,7 +329,7 @@ def offloaded(scenes: Path, stages: list[int], precisions: list[str]) -> list[tu
             if is_disturbed:
                 result, _ = step(engine, BEFORE[0], poisoned(batch, world, math.nan))
                 results.append((stage, precision, result.applied, digest(engine) == before))
-            ends.append((go_on(engine, batch)))
+            ends.append(go_on(engine, batch))
         results[-1] += (ends[0] == ends[1],)
     return results
 
