@@ -10,6 +10,6 @@ The only package that knows Ray. Its trade-off: a restart is always of all ranks
 the newest checkpoint; no rank outlives a failure of another.
 """
 
-from mmscale_launcher.launch import RankFailed, launch
+from mmscale_launcher.launch import Exhausted, OutOfMemory, PreflightFailed, RankFailed, Stalled, launch
 
-__all__ = ["RankFailed", "launch"]
+__all__ = ["Exhausted", "OutOfMemory", "PreflightFailed", "RankFailed", "Stalled", "launch"]

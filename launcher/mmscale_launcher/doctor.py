@@ -122,11 +122,11 @@ def diagnose(config: Config | None, address: str | None = None) -> Report:
         return _report(lambda: _local(config))
     import ray
 
-    from mmscale_launcher.launch import _join
+    from mmscale_launcher.cluster import join
 
     was_connected = ray.is_initialized()
     if not was_connected:
-        _join(address)
+        join(address)
     try:
         return _report(lambda: _cluster(config))
     finally:

@@ -42,19 +42,18 @@ def kill_groups(groups: Collection[tuple[int, int]], *, timeout: float) -> list[
 
 
 def kill_attempts(launch_id: str, folders: Collection[str], *, timeout: float) -> list[int]:
-    """Ends what other attempts of a launch left: it has inherited their id, or has mapped a file in one
-    of `folders`. The latter finds a rank, whose own environment was set after its start.
+    """Ends what attempts of a launch left: the groups of ranks, which have mapped a file in one of `folders`, and
+    what has inherited the id of such an attempt (a rank itself has it set later). Returns what is left.
     """
-    assignment = f"{ATTEMPT}={launch_id}-".encode()
     mapped = [f" {folder}/".encode() for folder in folders]
-
-    def belongs(pid: int) -> bool:
-        if any(entry.startswith(assignment) for entry in _environment(pid)):
-            return True
-        maps = _maps(pid)
-        return any(part in maps for part in mapped)
-
-    return _kill_until_gone(belongs, timeout=timeout)
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()] if folders else []
+    ranks = [pid for pid in pids if any(part in _maps(pid) for part in mapped)]
+    groups = {group for pid in ranks if (group := _group(pid)) is not None}
+    survivors = kill_groups(groups, timeout=timeout)
+    assignment = f"{ATTEMPT}={launch_id}-".encode()
+    return survivors + _kill_until_gone(
+        lambda pid: any(entry.startswith(assignment) for entry in _environment(pid)), timeout=timeout
+    )
 
 
 def kill_marked(mark: str, *, timeout: float) -> list[int]:
@@ -85,11 +84,11 @@ def look(pid: int, session: int) -> Look:
     )
 
 
-def tail(path: str | None, *, num_lines: int = 30) -> str:
-    """The last lines of a text file, or nothing where there is no such file."""
+def tail(path: str | None, *, num_lines: int = 30, start: int = 0) -> str:
+    """The last lines of a text file, of what follows its byte `start`, or nothing where there is no such file."""
     try:
         with Path(path or os.devnull).open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 100_000))
+            file.seek(max(start, os.fstat(file.fileno()).st_size - 100_000))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""

@@ -1,6 +1,6 @@
 """What runs in a rank's process: set the environment, run the worker function, hand back how it ended.
 
-`Rank` and `Reporter` are made into Ray actors by `mmscale_launcher.launch`. An exception of the worker
+`Rank` and `Reporter` are made into Ray actors by `mmscale_launcher.attempt`. An exception of the worker
 function comes back as data, so the driver doesn't depend on how Ray wraps it; a Ray error in its place
 always means that the process, or its node, is gone.
 """
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import ray
 
-from mmscale import errors
+from mmscale import errors, heartbeat
 
 # What gloo, NCCL and the rendezvous say when it was a peer that failed.
 _PEER_FAILED = re.compile(
@@ -59,6 +59,8 @@ class Outcome:
     title: str = ""  # type and message of the exception
     traceback: str = ""
     time: float = 0.0  # seconds since the epoch
+    step: int | None = None  # that were done by then; None where the rank doesn't beat
+    signalled: bool = False  # by SIGTERM
 
 
 class Reporter:
@@ -120,7 +122,9 @@ class Rank:
             finally:
                 flush()
         except errors.UserError as error:
-            return Outcome(kind="user_error", error=_pickled(error), title=str(error), time=time.time())
+            return Outcome(
+                kind="user_error", error=_pickled(error), title=str(error), time=time.time(), **_last_beat()
+            )
         except (Exception, SystemExit) as error:
             own_frame, title = error.__traceback__, f"{type(error).__name__}: {error}"
             text = "".join(
@@ -131,7 +135,7 @@ class Rank:
                 if isinstance(error, RuntimeError | OSError) and _PEER_FAILED.search(title)
                 else "error"
             )
-            return Outcome(kind=kind, title=title, traceback=text, time=time.time())
+            return Outcome(kind=kind, title=title, traceback=text, time=time.time(), **_last_beat())
 
     def _enter_folder(self, config: bytes) -> None:
         if Path(self._folder).is_dir():
@@ -143,6 +147,12 @@ class Rank:
                 f"run.dir={folder} is relative to {self._folder}, which node "
                 f"{ray.util.get_node_ip_address()} doesn't have: give an absolute path that all nodes share"
             )
+
+
+def _last_beat() -> dict[str, Any]:
+    path = os.environ.get(heartbeat.ENVIRONMENT)
+    beat = heartbeat.read(Path(path)) if path else None
+    return {"step": beat.step, "signalled": beat.stop} if beat is not None else {}
 
 
 def _set_environment(environment: dict[str, str], devices: list[str]) -> None:

@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from mmscale.data.jobs import JobMap
 from mmscale.errors import UserError
-from mmscale_launcher.launch import _join
+from mmscale_launcher.cluster import join
 
 RETRIES = 3  # of a job whose process or node dies
 
@@ -40,7 +40,7 @@ def ray_map(address: str) -> JobMap:
         started = not ray.is_initialized()
         if started:
             try:
-                _join(address)
+                join(address)
             except UserError as error:
                 raise UserError(str(error)) from None
         try:
