@@ -399,7 +399,7 @@ class Launched:
 
     def saves_under_way(self) -> list[int]:
         """The steps whose checkpoints are being written."""
-        return sorted(int(path.stem[5:]) for path in self.run.glob("checkpoints/step-*.tmp"))
+        return sorted(int(path.name[5:].split(".")[0]) for path in self.run.glob("checkpoints/step-*.tmp"))
 
     def ranks(self, timeout: float = 60) -> dict[int, int]:
         """rank -> process id, of all ranks of the attempt that runs; waits until there is one."""
@@ -407,8 +407,6 @@ class Launched:
         def complete() -> dict[int, int]:
             self._check()
             status, alive = self.status(), set(self.rank_pids())
-            if status is None and alive:  # TODO: gone when the launcher writes it
-                return dict(enumerate(sorted(alive)))
             if not status or status["state"] != "running":
                 return {}
             listed = {entry["rank"]: entry["pid"] for entry in status["ranks"]}
