@@ -110,7 +110,7 @@ def complete(folder: Path | str) -> list[Path] | list[str]:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """A manifest's bytes, with a digest of its own, or a figure that has changed in it would pass for the written one."""
+    """A manifest and a digest of it: a figure that has changed must not pass for the one that was written."""
     return json.dumps({**body, "sha256": _digest_of(body)}, indent=1).encode()
 
 
