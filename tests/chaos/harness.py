@@ -567,7 +567,9 @@ class Nodes:
             with suppress(OSError):
                 name = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace")
                 is_ours = f"RAY_TMPDIR={self._folder}\n" in _environment_of(pid)
-                if name.startswith("ray::") and not name.startswith("ray::IDLE") and is_ours:
+                # the agents are Ray's own, two for each node
+                idle = name.startswith(("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent"))
+                if name.startswith("ray::") and not idle and is_ours:
                     found.append(f"{name} ({pid})")
         return found
 

@@ -28,9 +28,7 @@ def test_a_killed_driver_leaves_nothing_and_the_run_goes_on(
     run = tmp_path / "runs" / "hurt"
     again = [  # the same command, then by the run's folder alone
         lambda: Launched(tmp_path, scene_shards, "hurt", *OVERRIDES, **places),
-        lambda: Launched(
-            tmp_path, scene_shards, "hurt", attach=run, address=shared_cluster.address if on_cluster else None
-        ),
+        lambda: Launched(tmp_path, scene_shards, "hurt", attach=run),
     ]
     launched = again[0]()
     for number, start in enumerate(again):
@@ -39,6 +37,8 @@ def test_a_killed_driver_leaves_nothing_and_the_run_goes_on(
             launched.wait_step(begin + shuffle.randint(2, 18))
             ranks = launched.ranks()
             theirs = set(ranks.values()) | same_ray(ranks[0])  # their Ray, where it isn't a cluster's
+            at_work = shared_cluster.at_work() if on_cluster else []
+            assert len(at_work) >= 4 if on_cluster else len(theirs) > 4  # ranks and agents, or all of a Ray
             launched.process.send_signal(signal.SIGKILL)
             killed = time.monotonic()
             launched.process.wait()
