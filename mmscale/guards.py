@@ -8,7 +8,8 @@
         run.say(explain_skip(engine, task, parts, batch.sample_keys, step=step, loss=result.loss))
     if guard.after_step(step, result.applied):                  # so many in a row: go back
         roll_back(engine, guard, saver, run, step)              # raises Diverged when that hasn't helped
-    spike = guard.after_log([(step, task.name, loss), ...])     # on log steps, the global losses since the last
+    if guard.has_spiked([(step, task.name, loss), ...], run.say):  # global losses, on log steps and before a save
+        roll_back(engine, guard, saver, run, step)
 
 Everything here depends on values that are equal on all ranks, so all ranks decide alike.
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,7 @@ class Guard:
         self.num_rollbacks = 0
         self.last_z: dict[str, float] = {}  # of each task: the largest z-score at the last log
         self._in_a_row = 0
+        self._seen = 0  # the last step whose loss was looked at
         self._why = ""  # of the rollback that is due
         self._losses: dict[str, deque[tuple[int, float]]] = {}  # finite ones, by task: (step, loss)
 
@@ -96,8 +98,16 @@ class Guard:
         return True
 
     def after_log(self, losses: Sequence[tuple[int, str, float]]) -> Spike | None:
-        """The worst spike among (step, task, global loss) of the steps that were applied, oldest first."""
+        """The worst spike among (step, task, global loss) of the steps that were applied, oldest first.
+
+        Steps that it has seen are passed over, so that it may be asked before a save as well as on a log step: then no
+        checkpoint holds a spike that nobody has looked at, and a resumed run compares with the same losses.
+        """
         worst: Spike | None = None
+        losses = [loss for loss in losses if loss[0] > self._seen]
+        if not losses:
+            return None
+        self._seen = losses[-1][0]
         self.last_z = {}
         for step, task, loss in losses:
             history = self._losses.setdefault(task, deque(maxlen=self.config.spike_window))
@@ -112,6 +122,13 @@ class Guard:
         if worst is not None and worst.roll_back:
             self._why = str(worst)
         return worst
+
+    def has_spiked(self, losses: Sequence[tuple[int, str, float]], say: Callable[[str], None]) -> bool:
+        """Tells of a spike among the losses; whether to go back because of it."""
+        spike = self.after_log(losses)
+        if spike is not None:
+            say(str(spike))
+        return spike is not None and spike.roll_back
 
     def rolled_back(self, step: int, *, to: int | None) -> str:
         """Counts a rollback at `step` to the checkpoint of step `to`; the words for it.

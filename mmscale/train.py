@@ -149,8 +149,11 @@ def _train(
         resume = window.pause()
         beat.phase("save")
         if pending:
-            losses = mean_losses(global_losses(pending, world))
-            checkpoint.check_finite(losses, at, config.optim.lr, run.checkpoints)
+            each = global_losses(pending, world)
+            checkpoint.check_finite(mean_losses(each), at, config.optim.lr, run.checkpoints)
+            if guard.has_spiked(each, run.say):
+                roll_back(engine, guard, saver, run, at)
+                pending.clear()
         state = {
             "stream": stream.state_dict(),
             "seconds": window.total_s,
@@ -224,9 +227,7 @@ def _train(
         if pending and (step % config.train.log_every == 0 or at_end or stopped):
             each = global_losses(pending, world)
             losses = mean_losses(each)
-            if spike := guard.after_log(each):
-                run.say(str(spike))
-                go_back = go_back or spike.roll_back
+            go_back = guard.has_spiked(each, run.say) or go_back
             rates = window.close()
             pending.clear()
             line = {

@@ -91,12 +91,13 @@ def test_a_spike_is_found_in_its_task_and_named() -> None:
     assert (spike.step, spike.task, spike.loss, spike.roll_back) == (34, "a", 5.0, False)
     assert spike.z > 8
     assert str(spike).startswith("step 34: the loss of a is 5, ")
+    assert guard.after_log([(34, "a", 5.0), (35, "a", 4.0)]) is None  # asked again, before a save
     assert guard.counts()["guard/loss_z/a"] == spike.z
     assert guard.counts()["guard/loss_z/b"] < 1
 
 
 def test_losses_that_vary_as_they_do_are_no_spikes() -> None:
-    for seed in range(20):
+    for seed in range(10):
         guard = Guard(GuardConfig())
         falling = [
             (step, task, loss + 4 * math.exp(-step / 200))  # as a training's first thousand steps
