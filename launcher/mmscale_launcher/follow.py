@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from mmscale.config import Config, load_config
 from mmscale.errors import ConfigError, UserError
 from mmscale.progress import clock_text, slowest
 from mmscale.runs import STOP_FILE, checkpoints_of, is_finished
+from mmscale_launcher.status import is_alive, read_status
 
 ENDED = ("done", "stopped", "failed")  # states that don't change by themselves
 POLL_S = 0.5
@@ -40,21 +40,6 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 class Ended(UserError):
     """A run that was followed ended otherwise than done; `exit_code` is that of its launcher."""
-
-
-def read_status(run: Path) -> dict[str, Any] | None:
-    try:
-        status: dict[str, Any] = json.loads((run / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return status
-
-
-def is_alive(status: dict[str, Any]) -> bool:
-    if time.time() - status["time"] < 10:
-        return True
-    launcher = status["launcher"]
-    return launcher["host"] == socket.gethostname() and Path(f"/proc/{launcher['pid']}").exists()
 
 
 # -------------------------------------------------------------------------------------------------- looking
@@ -264,7 +249,7 @@ def attach(run: Path, *, on_event: OnEvent) -> dict[str, Any] | None:
     if is_finished(run):
         return _report(run)
     _wait_until_free(run, config, on_event, launched=status is not None)
-    from mmscale_launcher.launch import launch
+    from mmscale_launcher import launch
 
     launch_settings = (status or {}).get("launch")
     changes = {"run": config.run.model_copy(update={"dir": str(run), "resume": "auto"})}
