@@ -160,3 +160,26 @@ def until_node_lost(config: Config, on_log: OnLog = None) -> dict[str, Any]:
     if attempt == 1:
         time.sleep(600)
     return {"attempt": attempt}
+
+
+def unhurried(config: Config, on_log: OnLog = None) -> dict[str, Any]:
+    """mmscale's training with steps of a quarter of a second, so that there is time for what is done to it."""
+    from mmscale.tasks import TASKS
+    from mmscale.train import train
+
+    def slowed(make: Callable[[], Any]) -> Callable[[], Any]:
+        def build() -> Any:
+            task = make()
+            objective = task.objective
+
+            def changed(*arguments: Any, **options: Any) -> Any:
+                time.sleep(0.25)
+                return objective(*arguments, **options)
+
+            task.objective = changed
+            return task
+
+        return build
+
+    TASKS.update({name: slowed(make) for name, make in TASKS.items()})
+    return train(config, on_log)
