@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ def train_and_note(config: Config, kill: tuple[int, int] | None) -> None:
     def take_and_note(stream: ShardStream) -> Batch:
         batch = take(stream)
         if kill == (rank, batch.step):
+            while not (keys_file(config, rank).parent / "checkpoints" / "latest").exists():
+                time.sleep(0.01)  # the save goes on behind the steps
             os.kill(os.getpid(), signal.SIGKILL)
         with keys_file(config, rank).open("a") as file:
             file.write(json.dumps([batch.step, batch.sample_keys]) + "\n")
