@@ -487,6 +487,12 @@ class Launched:
                 found = 0
         return found
 
+    def starts(self) -> int:
+        """How often rank 0 has begun or gone on."""
+        log = self.run / "logs" / "rank-0.log"
+        text = log.read_text(errors="replace") if log.exists() else ""
+        return text.count("M parameters, ZeRO-") + text.count(" resumed at step ")
+
     def finish(self, timeout: float = 180) -> tuple[int, str]:
         """Waits for the end; returns the exit code and what was told on standard error."""
         try:

@@ -75,7 +75,7 @@ def test_at_any_step_and_phase(
             kill_one(launched, shuffle, where=where, start_s=plain.start_s)
         code, told = launched.finish()
     assert code == 0, told
-    assert told.count("resumed at step") + told.count("M parameters") == len(group) + 1
+    assert launched.starts() == len(group) + 1  # each kill has ended an attempt, and nothing else has
     assert_exact(launched.run, plain.trace)
 
 
