@@ -143,7 +143,7 @@ ROWS = [
         "NaN on one rank, ZeRO 0 to 3, fp32 and bf16",
         "left out everywhere, the samples named, weights unchanged",
         "hash equal",
-        r"distributed/test_guards\.py",
+        r"distributed/test_guards_distributed\.py",
         r"NaN|non-finite",
     ),
     Row(
