@@ -153,7 +153,7 @@ def _facts(run: Path, config: Config) -> dict[str, Any]:
     total = int(config.train.duration) if config.train.duration.isdigit() else None
     names = ("step", "loss", "samples_per_s", "data_wait_frac")
     place = checkpoints_of(config, run)
-    paths = complete(place) if isinstance(place, Path) else [place]
+    paths = complete(place)
     return {
         **{name: line.get(name) for name in names},
         "total_steps": total,
@@ -270,12 +270,12 @@ def _follow(run: Path, on_event: OnEvent) -> dict[str, Any]:
         for text in _news(told, messages):
             on_event(_message(text))
         told = messages
+        on_event({"event": "ranks", "status": status})
         line = _last_metrics(run)
         if line is not None and line["step"] != step:
             step = line["step"]
             shown = {"total_steps": status.get("total_steps"), "eta_s": status.get("eta_s")}
             on_event({"event": "log", **shown, **line})
-        on_event({"event": "ranks", "status": status})
         if status["state"] in ENDED or not is_alive(status):
             return status
         time.sleep(POLL_S)
