@@ -375,7 +375,10 @@ def load_model(path: Path | str) -> tuple[Model, Config]:
             raise ConfigError(f"{path}: there is no such run or checkpoint")
     folder, name = _split(path)
     try:
-        if open_store(folder).size(f"{name}/{MANIFEST}") is not None:
+        # The weights tell of a checkpoint that has lost its manifest.
+        if any(
+            open_store(folder).size(f"{name}/{file}") is not None for file in (MANIFEST, FOR_THE_MODEL[0])
+        ):
             return _load_model(open_store(folder), name)
         folder = path
         if isinstance(path, Path) and (path / "config.json").is_file():

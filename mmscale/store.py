@@ -208,7 +208,7 @@ class RemoteStore:
     def remove(self, name: str) -> None:
         with _as_os_error(self.place(name)):
             for path in (f"{self._path(name)}/{MANIFEST}", self._path(name)):
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError, NotADirectoryError):
                     self._fs.rm(path, recursive=True)
 
     def free_bytes(self) -> int | None:

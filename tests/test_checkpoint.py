@@ -1,28 +1,31 @@
-"""Checkpoints are whole or not there: kills, damage and full disks, on runs that really train (on one or two ranks)."""
+"""Checkpoints that are damaged, pruned, fenced or far away: what is saved, found and loaded, on one or two ranks."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
-import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from ranks import run_ranks, start_ranks
 from safetensors.torch import load_file
-from tiny import join_world, tiny_config
+from tiny import join_world, make_engine, tiny_config
 
 from mmscale import checkpoint
 from mmscale.checkpoint import CheckpointError, Found, complete, load_model, needs_conversion, verify
 from mmscale.config import Config
-from mmscale.errors import ConfigError, UserError
+from mmscale.errors import ConfigError, Fenced, UserError
+from mmscale.saver import Saver, write_safetensors
 from mmscale.train import train
 
 pytestmark = pytest.mark.distributed
@@ -63,7 +66,10 @@ def kill_at(config: Config, step: int) -> None:
 
     def take_or_die(stream: ShardStream) -> Any:
         batch = take(stream)
-        if batch.step == step:
+        if batch.step == step:  # and the save after the step before, which goes on behind it, is done
+            pointer = Path(config.run.dir or "") / "checkpoints" / "latest"
+            while pointer.read_text() != f"step-{step:08d}\n":
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return batch
 
@@ -92,70 +98,7 @@ def log(folder: Path, rank: int = 0) -> str:
     return (folder / "logs" / f"rank-{rank}.log").read_text()
 
 
-# -------------------------------------------------------------------------------------------------- whole or not at all
-
-
-def die_while_saving(config: Config, point: str, step: int) -> None:
-    """Trains, and is killed at a point of the saving after a step."""
-    save, rename, fsync = checkpoint.save, Path.rename, os.fsync
-    num_synced = 0
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def save_fatally(*args: Any, **kwargs: Any) -> Path:
-        if kwargs["step"] == step:
-            Path.rename = rename_fatally  # type: ignore[method-assign, assignment]
-            os.fsync = fsync_fatally
-        return save(*args, **kwargs)
-
-    def rename_fatally(path: Path, target: Path) -> Path:
-        if path.suffix == ".tmp" and point == "before the rename":
-            die()
-        result = rename(path, target)
-        if path.suffix == ".tmp" and point == "after the rename":
-            die()
-        return result
-
-    def fsync_fatally(descriptor: int) -> None:
-        nonlocal num_synced
-        num_synced += 1
-        fsync(descriptor)
-        if point == f"after file {num_synced}":
-            die()
-
-    checkpoint.save = save_fatally
-    train(config)
-
-
-# With one rank the files are the model's state, the optimizer's, and the manifest.
-@pytest.mark.parametrize("point", ["after file 1", "after file 3", "before the rename"])
-def test_a_kill_while_saving_leaves_the_checkpoint_before(
-    scene_shards: Path, tmp_path: Path, point: str
-) -> None:
-    folder = tmp_path / "run"
-    config = make_config(scene_shards, folder)
-    assert run(die_while_saving, config, point, 4) == [-signal.SIGKILL]
-    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["step-00000002", "step-00000004.tmp"]
-    assert steps(folder) == [2]
-    assert verify(folder / "checkpoints" / names[0]).step == 2
-    if point == "before the rename":
-        assert run(train, config) == [0]
-        assert "resumed at step 2" in log(folder)
-        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
-            "step-00000004",
-            "step-00000006",
-            "step-00000008",
-        ]
-
-
-def test_a_kill_after_the_rename_leaves_the_new_checkpoint(scene_shards: Path, tmp_path: Path) -> None:
-    assert run(die_while_saving, make_config(scene_shards, tmp_path / "run"), "after the rename", 4) == [
-        -signal.SIGKILL
-    ]
-    assert steps(tmp_path / "run") == [2, 4]
-    assert verify(tmp_path / "run" / "checkpoints" / "step-00000004").step == 4
+# -------------------------------------------------------------------------------------------------- retention
 
 
 def test_the_newest_are_kept(copied: Path, scene_shards: Path) -> None:
@@ -164,7 +107,9 @@ def test_the_newest_are_kept(copied: Path, scene_shards: Path) -> None:
         (copied / "checkpoints" / left_by_a_kill / "deepspeed").mkdir(parents=True)
     assert run(train, make_config(scene_shards, copied)) == [0]
     assert steps(copied) == [4, 6, 8]
-    assert len(list((copied / "checkpoints").iterdir())) == 3
+    left = sorted(path.name for path in (copied / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000004", "step-00000004.universal", "step-00000006", "step-00000008"]
+    assert (copied / "checkpoints" / "latest").read_text() == "step-00000008\n"
 
 
 # -------------------------------------------------------------------------------------------------- damage
@@ -210,8 +155,13 @@ def test_damage_is_found_before_loading(copied: Path, kind: str) -> None:
     words = damage(path, kind)
     with pytest.raises(CheckpointError, match=words):
         verify(path)
-    with pytest.raises(UserError, match=re.escape("manifest.json" if "manifest" in kind else words)):
-        load_model(path)
+    if "optimizer" in kind or "model state" in kind:  # which the model can do without
+        assert load_model(path)
+    else:
+        with pytest.raises(UserError, match=re.escape("manifest.json" if "manifest" in kind else words)):
+            load_model(path)
+        with pytest.warns(UserWarning, match="passed over a damaged checkpoint"):
+            load_model(copied)
 
 
 def found_on_each_rank(folder: Path) -> tuple[int, list[str]]:
@@ -259,45 +209,239 @@ def finds_nothing(folder: Path) -> bool:
     return checkpoint.find(folder / "checkpoints", join_world()) == (None, [])
 
 
-# -------------------------------------------------------------------------------------------------- full disks
+# -------------------------------------------------------------------------------------------------- mutations
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[None]:
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"a small disk can't be mounted here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+def mutations(folder: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
+    """Fifty of them: (file, how) over every kind of file in a checkpoint, and its bytes."""
+    draw = random.Random(5)
+
+    def flip_bit(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+
+    hows: list[Callable[[Path], object]] = [
+        *[flip_bit] * 4,
+        truncate,
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        lambda path: os.truncate(path, 0),
+        Path.unlink,
+    ]
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert len(files) == 6
+    for file in files:
+        for how in hows:
+            yield file, how
+    yield "manifest.json", lambda path: path.write_text("{}")
+    yield "manifest.json", lambda path: path.write_text(path.read_text().replace('"step": 6', '"step": 9'))
 
 
-def train_unwarned(config: Config) -> None:
-    """Trains without asking for the free space first, as if the disk filled up while a checkpoint is written."""
-    checkpoint._bytes_needed = lambda engine: 0
-    train(config)
+def found_in_each(folders: list[Path]) -> list[tuple[int, list[str]]]:
+    world = join_world()
+    result = []
+    for folder in folders:
+        found, problems = checkpoint.find(folder, world)
+        assert found is not None
+        result.append((found.step, problems))
+    return result
 
 
-@pytest.mark.parametrize("worker", [train, train_unwarned])
-def test_a_full_disk_is_told_in_words_and_spares_the_checkpoint_before(
-    scene_shards: Path, killed: Path, tmp_path: Path, worker: Callable[..., Any]
+def test_fifty_mutations_are_found_by_all_ranks_before_anything_is_loaded(
+    killed: Path, tmp_path: Path
 ) -> None:
-    newest = killed / "checkpoints" / "step-00000006"
-    size = sum(path.stat().st_size for path in newest.rglob("*"))
-    with small_disk(tmp_path / "disk", int(1.7 * size) + 2**18):  # some room for the run's other files
-        folder = tmp_path / "disk" / "run"
-        codes = run(worker, make_config(scene_shards, folder), world_size=2)
-        assert codes == [1, 1]  # nobody hangs
-        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
-        assert verify(folder / "checkpoints" / "step-00000002").step == 2
-        for rank in range(2):
-            [line] = [line for line in log(folder, rank).splitlines() if "CheckpointError" in line]
-            assert "step-00000004 can't be written" in line
-            assert ("MiB are free" if worker is train else "No space left on device") in line
-            assert "the newest good one is" in line
+    folders, files = [], []
+    for number, (file, how) in enumerate(mutations(killed / "checkpoints" / "step-00000006")):
+        folder = tmp_path / str(number)
+        ignored = shutil.ignore_patterns("step-00000002")
+        shutil.copytree(killed / "checkpoints", folder, ignore=ignored)
+        how(folder / "step-00000006" / file)
+        folders.append(folder)
+        files.append(file)
+    assert len(folders) == 50
+    for found in run_ranks(2, found_in_each, folders):
+        for (step, problems), file in zip(found, files, strict=True):
+            assert step == 4, (file, problems)
+            [problem] = problems
+            assert "step-00000006" in problem
+            assert Path(file).name in problem
+
+
+@pytest.mark.parametrize("text", ["step-00000099\n", "", "\0\xff", None])
+def test_a_bad_pointer_is_named_and_not_followed(copied: Path, text: str | None) -> None:
+    pointer = copied / "checkpoints" / "latest"
+    pointer.unlink() if text is None else pointer.write_text(text, encoding="latin-1")
+    [(step, [problem])] = run_ranks(1, found_on_each_rank, copied / "checkpoints")
+    assert step == 6
+    assert str(pointer) in problem
+
+
+def test_a_pointer_without_a_checkpoint_is_no_start_from_scratch(copied: Path) -> None:
+    for path in complete(copied / "checkpoints"):
+        shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match="latest names 'step-00000006', which is no checkpoint here"):
+        run_ranks(1, found_on_each_rank, copied / "checkpoints")
+
+
+# -------------------------------------------------------------------------------------------------- savers
+
+
+def make_saver(scenes: Path, folder: Path | str, *assignments: str, **kwargs: Any) -> tuple[Saver, list[Any]]:
+    """A saver around a fresh engine, and the list of what it tells."""
+    config = make_config(scenes, Path("unused"), *assignments)
+    told: list[Any] = []
+    saver = Saver(make_engine(config, join_world()), folder, config=config, on_event=told.append, **kwargs)
+    return saver, told
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def saves_what_was_there_at_the_start(scenes: Path, folder: Path) -> None:
+    saver, told = make_saver(scenes, folder)
+    parameter = next(saver._engine.model.parameters())
+    before = parameter.detach().clone()
+    held = saver.start(1, {"x": 1})
+    with torch.no_grad():
+        parameter.add_(1.0)  # what a step does while it is being written
+    saver.wait()
+    assert held > 0
+    assert saver.last_saved == 1
+    assert [event["event"] for event in told] == ["save"]
+    name = next(iter(dict(saver._engine.model.named_parameters())))
+    assert torch.equal(load_file(folder / "step-00000001" / "model.safetensors")[name], before)
+    manifest = verify(folder / "step-00000001").manifest
+    assert manifest["state"] == {"x": 1}
+    saver.save(1, {"x": 2})  # it is saved already
+    assert verify(folder / "step-00000001").manifest == manifest
+
+
+def test_a_save_holds_what_was_there_when_it_began(scene_shards: Path, tmp_path: Path) -> None:
+    run_ranks(1, saves_what_was_there_at_the_start, scene_shards, tmp_path)
+
+
+def keeps_the_best_and_two_good_ones(scenes: Path, folder: Path) -> None:
+    evals = f'data.evals={{"a": "{scenes}/test-style"}}'
+    best = ("train.keep_checkpoints=2", evals, "train.keep_best=a/image_text/image_to_text_r@1")
+    saver, _ = make_saver(scenes, folder, *best)
+    for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (4, 0.2), (5, 0.3)):
+        saver.set_score(step, score)
+        saver.save(step, {})
+    assert names(folder) == ["latest", *(f"step-0000000{n}" for n in (2, 4, 5))]
+    # A later process, which has verified nothing yet: the damaged one doesn't count as one of the two.
+    truncate(folder / "step-00000005" / "model.safetensors")
+    later, _ = make_saver(scenes, folder, "train.keep_checkpoints=2")
+    later.save(6, {})
+    assert names(folder) == ["latest", *(f"step-0000000{n}" for n in (4, 5, 6))]
+
+
+def test_the_best_is_kept_and_never_fewer_than_two_that_verify(scene_shards: Path, tmp_path: Path) -> None:
+    run_ranks(1, keeps_the_best_and_two_good_ones, scene_shards, tmp_path)
+
+
+def is_fenced_off(scenes: Path, folder: Path) -> list[str]:
+    def check_owner() -> None:
+        raise Fenced("it belongs to another attempt")
+
+    saver, _ = make_saver(scenes, folder, check_owner=check_owner)
+    saver.start(1, {})
+    with pytest.raises(Fenced, match="another attempt"):
+        saver.wait()
+    return names(folder)
+
+
+def test_who_has_lost_the_run_commits_nothing(scene_shards: Path, tmp_path: Path) -> None:
+    assert run_ranks(2, is_fenced_off, scene_shards, tmp_path) == [[], []]
+
+
+def test_safetensors_are_written_as_the_package_reads_them(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(2, 4).bfloat16().T,
+        "c": torch.tensor(7),
+        "empty": torch.zeros(0, 3),
+        "d": torch.tensor([True, False]),
+    }
+    with (tmp_path / "x").open("wb") as file:
+        write_safetensors(file, tensors)
+    read = load_file(tmp_path / "x")
+    assert read.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name], value)
+
+
+# -------------------------------------------------------------------------------------------------- behind fsspec
+
+
+class Objects(LocalFileSystem):
+    """Objects that all processes see and none can rename, as a service has them."""
+
+    protocol = "objects"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("objects://"))
+
+    def mv(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("objects can't be renamed")
+
+    mv_file = rename = mv
+
+
+def saves_and_finds_objects(scenes: Path, url: str) -> None:
+    fsspec.register_implementation("objects", Objects, clobber=True)
+    saver, _ = make_saver(scenes, url, "train.keep_checkpoints=2")
+    engine, world = saver._engine, saver._engine.world
+    for step in (1, 2, 3):
+        saver.save(step, {"step": step})
+    world.barrier()
+    assert [path.rsplit("/", 1)[1] for path in complete(url)] == ["step-00000002", "step-00000003"]
+    found, problems = checkpoint.find(url, world)
+    assert found is not None
+    assert (found.step, problems, found.manifest["state"]) == (3, [], {"step": 3})
+    assert found.is_copy
+    weights = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.zero_()
+    checkpoint.load(engine, found, universal=False)
+    world.barrier()
+    assert all(torch.equal(value, weights[name]) for name, value in engine.model.state_dict().items())
+    assert not found.path.exists()
+    model, _ = load_model(url)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+    world.barrier()
+    if world.rank == 0:
+        with fsspec.open(
+            f"{url}/step-00000003/model.safetensors", "r+b" if "objects" in url else "wb"
+        ) as file:
+            file.write(b"!")
+    world.barrier()
+    found, [problem] = checkpoint.find(url, world)
+    assert found is not None
+    assert found.step == 2
+    assert "step-00000003/model.safetensors" in problem
+    # Without its manifest, which is written last, there is none.
+    world.barrier()
+    if world.rank == 0:
+        fs, path = fsspec.core.url_to_fs(url)
+        fs.rm(f"{path}/step-00000003/manifest.json")
+    world.barrier()
+    found, [problem] = checkpoint.find(url, world)
+    assert found is not None
+    assert found.step == 2
+    assert "latest names 'step-00000003'" in problem
+
+
+def test_objects_of_two_processes_without_renames(scene_shards: Path, tmp_path: Path) -> None:
+    run_ranks(2, saves_and_finds_objects, scene_shards, f"objects://{tmp_path}/run")
+
+
+def test_objects_in_memory(scene_shards: Path) -> None:
+    run_ranks(1, saves_and_finds_objects, scene_shards, "memory://run")
 
 
 # -------------------------------------------------------------------------------------------------- what it is good for
