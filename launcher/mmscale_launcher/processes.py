@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _RAY_TAGS = (":job_id:", ":task_name:", ":actor_name:")  # lines that Ray writes for its own log monitor
+_OUR_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # what a rank says in its log is told already
 MARK = "MMSCALE_LAUNCH"  # the environment variable that holds a local Ray's mark
 ATTEMPT = "MMSCALE_ATTEMPT"  # and the one with the id of an attempt, LAUNCH-NUMBER
 GUARD_TIMEOUT = 20.0  # seconds for what has been killed to be gone
@@ -92,7 +94,9 @@ def tail(path: str | None, *, num_lines: int = 30, start: int = 0) -> str:
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    lines = [line for line in text.splitlines() if not line.startswith(_RAY_TAGS)]
+    lines = [
+        line for line in text.splitlines() if not line.startswith(_RAY_TAGS) and not _OUR_LINE.match(line)
+    ]
     return "\n".join(lines[-num_lines:]).strip()
 
 
