@@ -388,7 +388,11 @@ class Launched:
             with suppress(OSError):
                 for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                     path = Path(line.split(maxsplit=5)[-1])
-                    if path.is_absolute() and path.stat().st_size == heartbeat._RECORD.itemsize:
+                    if (
+                        path.is_absolute()
+                        and path.is_file()
+                        and path.stat().st_size == heartbeat._RECORD.itemsize
+                    ):
                         found[pid] = path
         return found
 
