@@ -71,8 +71,9 @@ class Agent:
         self._folder = fresh.rename(fresh.with_name(f"{_prefix(launch_id)}{fresh.name[8:]}"))
         self._lease_s = lease_s
         self._ranks: dict[int, tuple[int, int]] = {}
+        self._beats: dict[int, Beat] = {}  # the last of each rank
         self._lock = threading.Lock()
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._guard: int | None = None  # the writing end of its pipe
         self._renew()
 
     def heartbeat_path(self, rank: int) -> str:
@@ -81,7 +82,7 @@ class Agent:
 
     def watch(self, ranks: Mapping[int, tuple[int, int]]) -> None:
         """Takes over these ranks, in place of those before: rank -> its process group, which it leads, and session."""
-        self._ranks = dict(ranks)
+        self._ranks, self._beats = dict(ranks), {}
         self._renew()
 
     def poll(self) -> list[Sign]:
@@ -131,9 +132,9 @@ class Agent:
         """Ends the ranks that are left, and what the agent itself holds."""
         self.end(list(self._ranks.values()), [])
         with self._lock:
-            if self._guard is not None and self._guard.stdin is not None:
-                with suppress(OSError):
-                    self._guard.stdin.close()
+            if self._guard is not None:
+                os.close(self._guard)
+                self._guard = None
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._held)
 
@@ -144,22 +145,25 @@ class Agent:
         group, session = self._ranks[rank]
         look = processes.look(group, session)
         beat = heartbeat.read(self._folder / f"rank-{rank}")
+        if beat is not None:
+            self._beats[rank] = beat
+        beat = self._beats.get(rank)  # a rank that was stopped while it wrote leaves nothing that can be read
         return Sign(rank=rank, beat=beat, state=look.state, rss_bytes=look.rss_bytes, cpu_s=look.cpu_s)
 
     def _renew(self) -> None:
         """Tells the guard that we are heard, and whose groups are to be ended if not; starts one if need be."""
         line = json.dumps(list(self._ranks.values())).encode() + b"\n"
         with self._lock:
-            for _ in range(2):
+            if self._guard is not None:
                 try:
-                    if self._guard is None:
-                        self._guard = _start_guard(self._lease_s, self._folder)
-                    os.write(self._guard.stdin.fileno(), line)  # type: ignore[union-attr]
-                    return
+                    os.write(self._guard, line)
                 except BlockingIOError:
-                    return  # the guard is stopped; it will find the lines before
+                    pass  # the guard is stopped, and will find the lines before
                 except BrokenPipeError:
+                    os.close(self._guard)
                     self._guard = None
+            if self._guard is None:
+                self._guard = _start_guard(self._lease_s, self._folder, line)
 
     def _stack(self, rank: int, dump: subprocess.Popen[bytes] | str) -> str:
         if self._look(rank).state == "gone":
@@ -228,21 +232,31 @@ def _memory_folder() -> str:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else tempfile.gettempdir()
 
 
-def _start_guard(lease_s: float | None, folder: Path) -> subprocess.Popen[bytes]:
+def _start_guard(lease_s: float | None, folder: Path, line: bytes) -> int:
+    """Starts the process that ends our ranks after us; returns the writing end of a pipe to it, which has the line."""
     lease = "none" if lease_s is None else str(lease_s)
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        processes.__file__,
+        "--ranks",
+        lease,
+        str(folder),
+        str(os.getpid()),
+    ]
     # a local Ray's guard ends what carries its mark, and this one must outlive the agent to clear up after it
     environment = {name: value for name, value in os.environ.items() if name != processes.MARK}
-    guard = subprocess.Popen(
-        [sys.executable, "-I", "-S", processes.__file__, "--ranks", lease, str(folder), str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env=environment,
-        cwd="/",
-    )
-    assert guard.stdin is not None
-    os.set_blocking(guard.stdin.fileno(), False)
-    guard.wait()  # it has forked
-    return guard
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, line)
+        os.set_blocking(writing, False)
+        subprocess.run(
+            command, stdin=reading, stdout=subprocess.DEVNULL, env=environment, cwd="/", check=True
+        )
+    finally:
+        os.close(reading)
+    return writing
 
 
 def _start_dump(pid: int) -> subprocess.Popen[bytes] | str:
