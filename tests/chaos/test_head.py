@@ -117,9 +117,9 @@ def test_the_head_forgets(scene_shards: Path, tmp_path: Path) -> None:
             killed = time.monotonic()
             time.sleep(AWAY_S)
             head.start()
-            code, told = launched.finish(timeout=60)
+            ended_with, told = launched.finish(timeout=60)
             noticed = time.monotonic() - killed
-            assert code != 0, told
+            assert ended_with != 0, told
             harness.wait_for(lambda: not launched.rank_pids(), 30, what="the end of all ranks")
             orphans = time.monotonic() - killed - noticed
         # as the machines' services would: everything of Ray is started again
@@ -138,7 +138,7 @@ def test_the_head_forgets(scene_shards: Path, tmp_path: Path) -> None:
             "head (GCS) killed and restarted",
             storage="none",
             launcher_ended_s=round(noticed, 1),
-            exit_code=code,
+            exit_code=ended_with,
             ranks_ended_s=round(orphans, 1),
             resumed_s=round(resumed, 1),
             step=begun,
