@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,9 @@ import fake_worker
 import pytest
 from mmscale_launcher import Exhausted, RankFailed, cluster, launch, processes, supervise
 from mmscale_launcher.cluster import join
+from mmscale_launcher.layout import arrange
 from mmscale_launcher.rank import _PEER_FAILED, Reporter, _interface, _pickled
+from mmscale_launcher.status import is_alive, read_status, write_status
 
 from mmscale.config import Config, DataConfig, FieldConfig, LaunchConfig, ModelConfig, RunConfig, TextConfig
 from mmscale.errors import ConfigError, DataError, Preempted
@@ -77,7 +80,11 @@ def test_every_rank_finds_its_place(
         assert found["DS_ACCELERATOR"] == "cpu"
         assert found["OMP_NUM_THREADS"] is None
         assert not found["torch"]
-    assert [event["step"] for event in events if event["event"] == "log"] == [1, 2, 3]  # rank 0's, all of them, in order
+    assert [event["step"] for event in events if event["event"] == "log"] == [
+        1,
+        2,
+        3,
+    ]  # rank 0's, all of them, in order
 
 
 def test_a_user_error_is_final(shared_ray: None, tmp_path: Path) -> None:
@@ -229,3 +236,70 @@ def test_a_cluster_that_is_not_there_is_named_at_once() -> None:
     with pytest.raises(ConfigError, match="give auto, HOST:PORT or ray://HOST:PORT"):
         join("nowhere")
     assert time.monotonic() - begin < 10
+
+
+def with_batch(size: int, accumulation: int, **options: Any) -> Config:
+    config = make_config(Path("none"), **options)
+    train = config.train.model_copy(update={"accumulation": accumulation})
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"batch_size": size}), "train": train}
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "minimum", "workers", "idle", "accumulation"),
+    [
+        (3, None, (2, 2, 2), 0, 2),
+        (2, None, None, 0, 0),  # all are needed
+        (2, 1, (2, 2), 0, 3),
+        (1, 1, (2,), 0, 6),
+        (1, 3, None, 0, 0),
+        (5, 1, (2, 2, 2), 0, 2),  # no more than were asked for
+    ],
+)
+def test_fewer_nodes_are_fewer_workers_and_the_same_batch(
+    num_nodes: int, minimum: int | None, workers: tuple[int, ...] | None, idle: int, accumulation: int
+) -> None:
+    config = with_batch(24, 2, nodes=3, min_workers=minimum)
+    found = arrange(num_nodes, config, 2)
+    assert (found and (found.workers, found.idle, found.accumulation)) == (
+        (workers, idle, accumulation) if workers else None
+    )
+
+
+def test_a_world_divides_the_batch_and_its_micro_batch_is_no_larger() -> None:
+    config = with_batch(12, 1, nodes=4, min_workers=1)
+    for per_node in range(1, 6):
+        if 12 % (4 * per_node):
+            continue
+        for num_nodes in range(1, 5):
+            found = arrange(num_nodes, config, per_node)
+            assert found is not None
+            micro = 12 // (found.world_size * found.accumulation)
+            assert micro * found.world_size * found.accumulation == 12
+            assert micro <= 12 // (4 * per_node)
+            assert found.idle == num_nodes * per_node - found.world_size
+            assert max(found.workers) <= per_node
+    found = arrange(3, with_batch(16, 1, nodes=3, min_workers=1), 2)
+    assert found is not None
+    assert (found.workers, found.idle) == ((2, 2), 2)
+    assert found.places() == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_a_launcher_that_is_gone_is_told_from_one_that_runs(tmp_path: Path) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    status = {"state": "running", "time": 0.0, "launcher": {"pid": child.pid, "host": socket.gethostname()}}
+    try:
+        assert read_status(tmp_path) is None
+        write_status(tmp_path, status)
+        assert read_status(tmp_path) == status
+        assert is_alive(status)
+        assert not is_alive(status | {"state": "failed"})
+    finally:
+        child.kill()
+        child.wait()
+    assert not is_alive(status)
+    elsewhere = status | {"launcher": {"pid": 1, "host": "another machine"}}
+    assert not is_alive(elsewhere)
+    assert is_alive(elsewhere | {"time": time.time()})
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
