@@ -135,6 +135,8 @@ def _value(node: ast.expr) -> Any:
     """A literal; a bare word is a text, or JSON's true, false and null."""
     if isinstance(node, ast.Name):
         return {"true": True, "false": False, "null": None}.get(node.id, node.id)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(part) for part in node.elts]
     try:
         return ast.literal_eval(node)
     except ValueError:
