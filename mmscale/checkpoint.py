@@ -416,7 +416,8 @@ def _load_model(store: Store, name: str) -> tuple[Model, Config]:
         for file in FOR_THE_MODEL:
             if file not in files:
                 raise CheckpointError(f"{store.place(name)}: {MANIFEST} doesn't list {file}")
-            check_file(store, f"{name}/{file}", *files[file], path / file if store.is_remote else None)
+            size, expected = files[file]
+            check_file(store, f"{name}/{file}", size, expected, path / file if store.is_remote else None)
         config = load_config(path / "config.json")
         # Its own words, wherever the run's tokenizer has gone, and kernels that a CPU has too.
         text = config.model.text.model_copy(update={"tokenizer": str(path / "tokenizer.json")})

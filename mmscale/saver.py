@@ -534,7 +534,7 @@ def write_safetensors(file: Any, tensors: Mapping[str, Tensor]) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
         if tensor.numel():
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _first_guess(engine: Engine) -> int:
