@@ -112,7 +112,7 @@ def to_text(run: Path, status: dict[str, Any]) -> str:
     ranks = (status.get("ranks") or []) if status["alive"] else []
     last = slowest(ranks) if len(ranks) > 1 else None
     if ranks:
-        rows = [("rank", "node", "process", "step", "phase", "for", "memory")]
+        rows: list[tuple[str, ...]] = [("rank", "node", "process", "step", "phase", "for", "memory")]
         rows += [_row(rank) for rank in ranks]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row, rank in zip(rows, [None, *ranks], strict=True):
@@ -231,11 +231,11 @@ def log_lines(run: Path, rank: int, *, follow: bool) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------- taking up
 
 
-def attach(run: Path, *, on_event: OnEvent) -> dict[str, Any] | None:
+def attach(run: Path, *, on_event: OnEvent) -> dict[str, Any]:
     """Follows a launched run until it ends, taking it up again if its launcher has died, and returns its report.
 
-    None: it was stopped on request. Raises Ended with the launcher's exit code if it ended otherwise, UserError if
-    a process without a launcher has it, and what `launch` raises once it is taken up again.
+    Raises Ended with the launcher's exit code if it ended otherwise than done, UserError if a process without a
+    launcher has the run, and what `launch` raises once it is taken up again.
     """
     config = _config(run)
     status = read_status(run)
@@ -251,11 +251,8 @@ def attach(run: Path, *, on_event: OnEvent) -> dict[str, Any] | None:
     _wait_until_free(run, config, on_event, launched=status is not None)
     from mmscale_launcher import launch
 
-    launch_settings = (status or {}).get("launch")
-    changes = {"run": config.run.model_copy(update={"dir": str(run), "resume": "auto"})}
-    if launch_settings:  # config.json's are those of the attempt that began the folder
-        changes["launch"] = type(config.launch).model_validate(launch_settings)
-    config = config.model_copy(update=changes)
+    again = config.run.model_copy(update={"dir": str(run), "resume": "auto"})
+    config = config.model_copy(update={"run": again})
     return launch(config, address=(status or {}).get("address"), on_event=on_event)
 
 
@@ -290,11 +287,9 @@ def _news(before: list[str], now: list[str]) -> list[str]:
     return now
 
 
-def _end(run: Path, status: dict[str, Any]) -> dict[str, Any] | None:
+def _end(run: Path, status: dict[str, Any]) -> dict[str, Any]:
     if status["state"] == "done" and is_finished(run):
         return _report(run)
-    if status["state"] == "stopped" and not status.get("exit_code"):
-        return None
     error = Ended(status.get("error") or f"{run}: {status['state']}")
     error.exit_code = status.get("exit_code") or 1
     raise error
