@@ -88,7 +88,7 @@ class Report:
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         """One for each check where all nodes say the same, else one for each node."""
-        rows = []
+        rows: list[tuple[str, str, str, str]] = []
         for check in dict.fromkeys(finding.check for _, finding in self.findings):
             found = [(node, f) for node, f in self.findings if f.check == check]
             if len(found) > 1 and len({(f.level, f.text) for _, f in found}) == 1:
