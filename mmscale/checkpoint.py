@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 from mmscale.config import Config, load_config
 from mmscale.engine import Engine, load_deepspeed
-from mmscale.errors import CheckpointError, ConfigError, UserError
+from mmscale.errors import CheckpointError, ConfigError, Diverged, UserError
 from mmscale.models import Model
 from mmscale.store import MANIFEST, LocalStore, Store, digest, open_store, read
 from mmscale.tasks import model_for
@@ -72,11 +72,11 @@ def save(
 
 
 def check_finite(losses: Mapping[str, float], step: int, lr: float, folder: Path | str) -> None:
-    """Raises UserError before a model that has come apart is saved over a good one."""
+    """Raises Diverged before a model that has come apart is saved over a good one."""
     if all(map(math.isfinite, losses.values())):
         return
     saved = complete(folder)
-    raise UserError(
+    raise Diverged(
         f"the loss is {losses['all']} by step {step}: lower optim.lr={lr:g} or look at the data; "
         + (f"the newest checkpoint is {saved[-1]}" if saved else "nothing is saved yet")
     )

@@ -176,7 +176,8 @@ class Run:
         """What the evaluations gave for SET/TASK/METRIC, by step; rank 0's, nothing on others."""
         if metric is None or self.rank != 0:
             return {}
-        found, known = {}, set()
+        found: dict[int, float] = {}
+        known: set[str] = set()
         for entry in self.evaluations():
             for task, metrics in entry["tasks"].items():
                 names = {f"{entry['set']}/{task}/{name}": part["value"] for name, part in metrics.items()}

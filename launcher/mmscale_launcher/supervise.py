@@ -194,7 +194,9 @@ class Supervisor:
             ):
                 self._avoid(attempt.signalled, AVOID)
                 preempted = failure.error
-                self._emit(message(f"saved at step {failure.step or attempt.step}; going on where there is room"))
+                self._emit(
+                    message(f"saved at step {failure.step or attempt.step}; going on where there is room")
+                )
                 self._tell_status(state="restarting", ranks=[])
                 continue
             if failure.error is not None:
