@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 _RAY_TAGS = (":job_id:", ":task_name:", ":actor_name:")  # lines that Ray writes for its own log monitor
 _OUR_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # what a rank says in its log is told already
@@ -68,7 +69,7 @@ def kill_marked(mark: str, *, timeout: float) -> list[int]:
 class Look:
     """One look at a process."""
 
-    state: str  # "running", "stopped" by a signal or a debugger, or "gone"
+    state: Literal["running", "stopped", "gone"]  # "running", "stopped" by a signal or a debugger, or "gone"
     rss_bytes: int = 0
     cpu_s: float = 0.0  # that all its threads have used
 
