@@ -21,7 +21,7 @@ import pytest
 from mmscale_launcher import Exhausted, RankFailed, cluster, launch, processes, supervise
 from mmscale_launcher.cluster import join
 from mmscale_launcher.layout import arrange
-from mmscale_launcher.rank import _PEER_FAILED, Reporter, _interface, _pickled
+from mmscale_launcher.rank import _PEER_FAILED, Reporter, _pickled
 from mmscale_launcher.status import is_alive, read_status, write_status
 
 from mmscale.config import Config, DataConfig, FieldConfig, LaunchConfig, ModelConfig, RunConfig, TextConfig
@@ -176,11 +176,6 @@ def test_the_reporter_is_bounded() -> None:
         reporter.push({"step": step})
     assert [event["step"] for event in reporter.drain()] == [2, 3, 4]
     assert reporter.drain() == []
-
-
-def test_the_interface_of_an_address() -> None:
-    assert _interface("127.0.0.1") == "lo"
-    assert _interface("203.0.113.1") is None  # reserved for documentation
 
 
 def test_a_group_ends_with_its_children_and_alone() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
 
 import ray
+from ray.exceptions import RayError
 
 from mmscale.errors import ConfigError
 from mmscale_launcher import processes
@@ -94,6 +96,12 @@ def _check_reachable(address: str) -> None:
         raise ConfigError(f"can't join a Ray cluster at {address}: {error.strerror or error}") from None
 
 
+TOKEN_HINT = (
+    "\nThe head asks for a token: copy its ~/.ray/auth_token to every machine and set RAY_AUTH_MODE=token there, "
+    "for `ray start` and for this command"
+)
+
+
 def join(address: str) -> None:
     if address != "auto":
         _check_reachable(address)
@@ -108,8 +116,9 @@ def join(address: str) -> None:
             log_to_driver=False,
             logging_level="ERROR",
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"can't join a Ray cluster at {address}: {error}") from None
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        hint = TOKEN_HINT if re.search("auth|token", str(error), re.IGNORECASE) else ""
+        raise ConfigError(f"can't join a Ray cluster at {address}: {error}{hint}") from None
 
 
 @contextmanager

@@ -7,13 +7,11 @@ always means that the process, or its node, is gone.
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import os
 import pickle
 import re
 import socket
-import struct
 import sys
 import time
 import traceback
@@ -26,6 +24,7 @@ from typing import Any, Literal
 import ray
 
 from mmscale import errors, heartbeat
+from mmscale.doctor import interface_for
 
 # What gloo, NCCL and the rendezvous say when it was a peer that failed.
 _PEER_FAILED = re.compile(
@@ -166,27 +165,12 @@ def _set_environment(environment: dict[str, str], devices: list[str]) -> None:
         for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
             if name in os.environ:
                 os.environ[name] = ",".join(devices)
-    if (
-        environment["WORLD_SIZE"] != environment["LOCAL_WORLD_SIZE"]
-        and "GLOO_SOCKET_IFNAME" not in os.environ
-    ):
-        interface = _interface(ray.util.get_node_ip_address())
+    if environment["WORLD_SIZE"] != environment["LOCAL_WORLD_SIZE"]:
+        interface = interface_for(environment["MASTER_ADDR"])
         if interface is not None:
-            # gloo resolves the host's name instead, which many systems map to 127.0.1.1
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
-
-
-def _interface(address: str) -> str | None:
-    """The network interface that has an IPv4 address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-            except OSError:
-                continue  # it has no address
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+            # gloo resolves the host's name instead, which many systems map to 127.0.1.1; NCCL takes the first it finds
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, interface)
 
 
 def _log_through(reporter: Any) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
