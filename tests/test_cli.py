@@ -365,12 +365,16 @@ def test_eval_names_shards_that_are_not_there(mmscale: Command, run_folder: Path
 
 def test_a_damaged_checkpoint_is_named(mmscale: Command, run_folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run_folder, tmp_path / "copy")
-    weights = checkpoint.complete(copy / "checkpoints")[-1] / "model.safetensors"
-    with weights.open("r+b") as file:
-        file.truncate(1000)
+    damaged = []
+    for path in reversed(checkpoint.complete(copy / "checkpoints")):
+        damaged.append(path / "model.safetensors")
+        with damaged[-1].open("r+b") as file:
+            file.truncate(1000)
     ended = mmscale("predict", copy, "--task", "caption", "--image", copy / "example.jpg")
-    assert ended.code == 1
-    assert ended.message.startswith(f"{weights} has 1000 bytes, written were ")
+    assert ended.code == 14
+    assert ended.message.startswith(f"no checkpoint in {copy / 'checkpoints'} can be used:")
+    for weights in damaged:
+        assert f"{weights} has 1000 bytes, written were " in ended.message
 
 
 def test_index_names_a_shard_that_is_not_there(mmscale: Command, scene_shards: Path) -> None:

@@ -151,7 +151,7 @@ class TestAnotherProcess:
                 assert beat.num_beats == 1 + 2 * beat.step + beat.num_phases
                 assert beat.num_phases in (0, 1)
                 steps.append(beat.step)
-            assert len(steps) > 1000
+            assert len(steps) > 100  # of 2,000; on a busy machine a look mostly meets a write, 401 were seen
             assert steps == sorted(steps)
             assert steps[-1] > steps[0]
             writer.send_signal(signal.SIGSTOP)
