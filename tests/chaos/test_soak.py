@@ -25,10 +25,10 @@ STEPS, KINDS = (
 )
 # Some tenths of a second a step on two cores, a save each few seconds.
 SLOW = (
-    "model.width=192",
-    "model.depth=4",
+    "model.width=256",
+    "model.depth=6",
     "model.num_heads=4",
-    "data.batch_size=96",
+    "data.batch_size=60",
     f"train.duration={STEPS}",
     "train.save_every=5",
     "engine.zero_stage=2",
