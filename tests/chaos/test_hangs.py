@@ -117,7 +117,7 @@ def test_a_slow_rank_is_named_with_its_phase_and_kept(scene_shards: Path, tmp_pa
         "train.save_every=50",
     )
     with Launched(tmp_path, scene_shards, "slow", *overrides, workers=2) as launched:
-        first = launched.wait_step(20)
+        launched.wait_step(20)
         assert " is slow: " not in launched.told()
         with Brake(launched.ranks()[1]):
             begun = launched.step
@@ -128,6 +128,5 @@ def test_a_slow_rank_is_named_with_its_phase_and_kept(scene_shards: Path, tmp_pa
     found = re.findall(r"rank (\d+) .*?is slow: its (\w+) phase takes ([\d.]+) times", told)
     record("one rank 3x slower", step=begun, named_after=named - begun, found=found)
     assert [(rank, phase) for rank, phase, _ in found] == [("1", "forward")], told
-    assert first <= begun
     assert named - begun <= 20
     assert launched.starts() == 1  # no restart
