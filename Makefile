@@ -41,7 +41,7 @@ chaos: $(STAMP)
 	$(BIN)/python benchmarks/reliability.py --scale standard
 
 chaos-full: $(STAMP)
-	$(BIN)/python benchmarks/reliability.py --scale full --peer ray-train
+	$(BIN)/python benchmarks/reliability.py --scale full
 
 # Beside the environment, not in it: found first through PYTHONPATH. Its interpreter needs an older numpy, too.
 $(TRITON36)/.installed: $(STAMP)

@@ -200,7 +200,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from mmscale.tasks import TASKS
     from mmscale.world import close_world, init_world
 
-    model, config = load_model(Path(arguments.checkpoint))
+    model, config = load_model(arguments.checkpoint)
     names = arguments.tasks or _trained_tasks(config)
     _check_tasks(names, config)
     world = init_world(device=config.run.device, threads=config.run.threads)
@@ -221,7 +221,7 @@ def predict(arguments: argparse.Namespace) -> None:
     from mmscale.predict import answer_lines
     from mmscale.predict import predict as run
 
-    model, config = load_model(Path(arguments.checkpoint))
+    model, config = load_model(arguments.checkpoint)
     _check_tasks([arguments.task], config)
     with torch.no_grad():
         answers = run(
@@ -329,6 +329,7 @@ def _order_of_run(folder: Path) -> tuple[Any, dict[str, Any], Any]:
     """Shards, options of the stream, and its newest state (which knows of changed weights), if there is one."""
     from mmscale import checkpoint
     from mmscale.config import load_config
+    from mmscale.runs import checkpoints_of
 
     if not (folder / "config.json").is_file():
         raise ConfigError(f"--run {folder}: holds no config.json, so it isn't a run's folder")
@@ -343,7 +344,7 @@ def _order_of_run(folder: Path) -> tuple[Any, dict[str, Any], Any]:
         "weights": data.weights or None,
         "weight_by": data.weight_by,
     }
-    paths = checkpoint.complete(folder / "checkpoints")
+    paths = checkpoint.complete(checkpoints_of(config, folder))
     return data.train, options, checkpoint.verify(paths[-1]).manifest["state"]["stream"] if paths else None
 
 

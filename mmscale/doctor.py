@@ -141,13 +141,7 @@ def code_hash() -> str:
 def operators(config: Config | None) -> Finding:
     """Removes stale locks of torch's extension builds, then builds the operator that the config needs, if it does."""
     root = _extensions_folder()
-    stale, busy = [], []
-    for lock in sorted(root.glob("*/lock")) if root.is_dir() else []:
-        if is_stale(lock):
-            lock.unlink(missing_ok=True)
-            stale.append(lock.parent.name)
-        else:
-            busy.append(lock.parent.name)
+    stale, busy = clear_stale_locks()
     cleared = f"removed what killed builds left locked: {', '.join(stale)}" if stale else ""
     values = {"cleared": stale, "building": busy}
     if config is None or config.engine.offload_optimizer == "none":
@@ -174,6 +168,19 @@ def operators(config: Config | None) -> Finding:
         )
     text = f"cpu_adam is there ({time.perf_counter() - begin:.0f} s)" + (f"; {cleared}" if cleared else "")
     return Finding(check="operators", level="ok", text=text, values=values)
+
+
+def clear_stale_locks() -> tuple[list[str], list[str]]:
+    """Removes what killed builds of torch's extensions left locked; names of those, and of what is being built."""
+    root = _extensions_folder()
+    stale, busy = [], []
+    for lock in sorted(root.glob("*/lock")) if root.is_dir() else []:
+        if is_stale(lock):
+            lock.unlink(missing_ok=True)
+            stale.append(lock.parent.name)
+        else:
+            busy.append(lock.parent.name)
+    return stale, busy
 
 
 def is_stale(lock: Path) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmscale.config import EngineConfig, OptimConfig
+from mmscale.doctor import clear_stale_locks
 from mmscale.errors import ConfigError
 from mmscale.heartbeat import Heartbeat
 from mmscale.models.model import Batch, Model
@@ -52,6 +53,7 @@ def cpu_adam(groups: list[dict[str, Any]], mixin: type, **kwargs: Any) -> torch.
     load_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    clear_stale_locks()  # of a rank that was killed while it compiled: on it this one would wait for ever
     try:
         return type("CPUAdamW", (mixin, DeepSpeedCPUAdam), {})(groups, adamw_mode=True, **kwargs)
     except (RuntimeError, ImportError, OSError) as error:

@@ -81,7 +81,7 @@ def _train(
 
     found, problems = checkpoint.find(run.checkpoints, world)
     for problem in problems:
-        run.say(f"passed over a damaged checkpoint: {problem}")
+        run.say(f"checkpoints: {problem}")
     if found is None and config.run.resume == "must":
         raise ConfigError(f"run.resume=must: there is no checkpoint in {run.checkpoints}")
     universal = found is not None and checkpoint.needs_conversion(found, world.size, config.engine.zero_stage)

@@ -283,13 +283,15 @@ def test_a_world_divides_the_batch_and_its_micro_batch_is_no_larger() -> None:
 
 def test_a_launcher_that_is_gone_is_told_from_one_that_runs(tmp_path: Path) -> None:
     child = subprocess.Popen(["sleep", "600"])
-    status = {"state": "running", "time": 0.0, "launcher": {"pid": child.pid, "host": socket.gethostname()}}
+    launcher = {"pid": child.pid, "host": socket.gethostname()}
+    status = {"state": "running", "time": 0.0, "started": time.time(), "launcher": launcher}
     try:
         assert read_status(tmp_path) is None
         write_status(tmp_path, status)
         assert read_status(tmp_path) == status
         assert is_alive(status)
         assert not is_alive(status | {"state": "failed"})
+        assert not is_alive(status | {"started": time.time() - 60})  # then the process is another one
     finally:
         child.kill()
         child.wait()

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 FRESH_S = 10.0  # written every second, so an older one comes from a launcher that is gone, or held up
 
 
@@ -45,10 +47,8 @@ def is_alive(status: dict[str, Any]) -> bool:
     launcher = status["launcher"]
     if launcher["host"] == socket.gethostname():
         try:
-            os.kill(launcher["pid"], 0)
-        except ProcessLookupError:
+            begun = psutil.Process(launcher["pid"]).create_time()
+        except psutil.Error:
             return False
-        except PermissionError:
-            return True
-        return True
+        return begun <= float(status["started"]) + 1.0  # not another process of the same number
     return time.time() - float(status["time"]) < FRESH_S

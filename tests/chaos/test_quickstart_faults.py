@@ -116,7 +116,9 @@ def test_a_full_disk_ends_in_one_message(scene_shards: Path, tmp_path: Path, siz
         _, said = process.communicate(timeout=120)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-    assert process.returncode == 1, said
+    assert process.returncode in (14, 16), (
+        said
+    )  # a checkpoint can't be written, or the preflight sees it coming
     assert "Traceback" not in said
     assert "restarting" not in said
     last = said.splitlines()[-1]
