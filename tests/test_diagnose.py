@@ -214,10 +214,10 @@ class TestStragglers:
         assert len(Stragglers().see(_slow(np.concatenate([good[:30], slow[:13]]), good))) == 1
 
     def test_compares_equal_steps(self) -> None:
-        """A rank that is two steps ahead of what was seen of the other; every second step is long for both."""
+        """A rank that is eight steps ahead of what was seen of the other, while steps grow longer for both."""
         rows = _rows(40)
-        rows[::2, PHASES.index("forward")] = 0.5
-        assert Stragglers().see(_slow(rows, rows[:39], steps=(100, 99))) == []
+        rows[:, PHASES.index("forward")] = 0.01 * 3.0 ** (np.arange(40) // 8)
+        assert Stragglers().see(_slow(rows, rows[:32], steps=(100, 92))) == []
         assert Stragglers().see(_slow(rows, rows[:14], steps=(100, 74))) == []  # too few of the same
 
     def test_one_rank_is_no_straggler(self) -> None:
