@@ -265,6 +265,7 @@ def _guards(folder: Path) -> list[int]:
 class TestLease:
     """What is left when the agent, its driver, or both are no more."""
 
+    @pytest.mark.slow
     def test_an_agent_that_nobody_calls_ends_with_its_ranks(self) -> None:
         with _agent_process(1.0, f"test{os.getpid()}") as (agent, pid, path):
             child = _child(path)
@@ -300,6 +301,7 @@ class TestLease:
             _wait(lambda: not _is_alive(pid) and not _is_alive(child))
             _wait(lambda: not folder.exists())
 
+    @pytest.mark.slow
     def test_what_outlived_both_is_cleared_by_the_next_agent_of_the_launch_alone(self) -> None:
         mine, other = f"test{os.getpid()}a", f"test{os.getpid()}b"
         beside = Agent(None, mine)  # of another node that shares this machine

@@ -257,7 +257,12 @@ def _wait_step(agent: Agent, step: int) -> None:
         time.sleep(0.01)
 
 
-CASES = [(2, 1, "sleep", "data"), (3, 1, "gil", "sync"), (3, 2, "loader", "data"), (3, 0, "stop", "")]
+CASES = [
+    (2, 1, "sleep", "data"),
+    (3, 0, "stop", ""),
+    pytest.param((3, 1, "gil", "sync"), marks=pytest.mark.slow),
+    pytest.param((3, 2, "loader", "data"), marks=pytest.mark.slow),
+]
 
 
 def _random_cases(number: int) -> list[tuple[int, int, str, str]]:
@@ -311,7 +316,7 @@ class TestRealRanks:
             told for right, told in results if not right
         )
 
-    @pytest.mark.parametrize("phase", ["data", "forward"])
+    @pytest.mark.parametrize("phase", ["forward", pytest.param("data", marks=pytest.mark.slow)])
     def test_names_the_slow_one_and_its_phase_within_20_steps(
         self, nursery: Nursery, agent: Agent, tmp_path: Path, phase: str
     ) -> None:

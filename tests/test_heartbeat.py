@@ -137,8 +137,9 @@ class TestAnotherProcess:
             while (beat := read(path)) is None or beat.step == 0:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            steps = []
-            for _ in range(2000):
+            steps: list[int] = []
+            while len(steps) < 2000 or steps[-1] - steps[0] < 1000:
+                assert time.monotonic() < deadline
                 beat = read(path)
                 if (
                     beat is None
