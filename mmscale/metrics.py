@@ -13,7 +13,8 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -224,39 +225,71 @@ class Writer:
     """Appends to metrics.jsonl and TensorBoard's events in a run's folder. For rank 0.
 
     A resumed run writes on after the checkpoint's step: lines beyond it, from the run that was cut off, are dropped.
+    A disk that is full doesn't end the training that it tells of: `say` is told once, lines are kept until there is
+    room, and what TensorBoard would have shown meanwhile is lost.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, folder: Path, *, resume_step: int, say: Callable[[str], None] = lambda text: None
+    ) -> None:
         path = folder / "metrics.jsonl"
-        write_json_lines(path, [line for line in read_json_lines(path) if line["step"] <= resume_step])
-        self._file = path.open("a", encoding="utf-8")
+        self._folder, self._say, self._has_failed = folder, say, False
         # TensorBoard then ignores what lies beyond in older files. A run that starts over evaluates at step 0 again.
-        self._board = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
+        self._purge_step: int | None = resume_step + 1 if resume_step else 0
+        self._unwritten = b""
+        self._board: Any = None
+        with self._tolerated():
+            write_json_lines(path, [line for line in read_json_lines(path) if line["step"] <= resume_step])
+        self._file = path.open("ab", buffering=0)  # so that what didn't fit is known to the byte
 
     def log(self, line: Mapping[str, Any]) -> None:
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(known) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
-                place = name if "/" in name else f"train/{name}"
-                self._board.add_scalar(place, value, line["step"])
-        self._board.flush()  # else two minutes of curves are lost with a process that is killed
+        self._unwritten += json.dumps(known).encode() + b"\n"
+        with self._tolerated():
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+        places = {name if "/" in name else f"train/{name}": value for name, value in numbers.items()}
+        self.scalars(line["step"], places)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        def add(board: Any) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+            board.flush()  # else two minutes of curves are lost with a process that is killed
+
+        self._on_board(add)
 
     def image(self, name: str, picture: Any, step: int) -> None:
         """A (H, W, 3) uint8 array."""
-        self._board.add_image(name, picture, step, dataformats="HWC")
+        self._on_board(lambda board: board.add_image(name, picture, step, dataformats="HWC"))
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            with self._tolerated():
+                self._board.close()
+
+    def _on_board(self, call: Callable[[Any], None]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board, self._board = self._board, None  # one that has failed once goes on failing
+        with self._tolerated():
+            if board is None:
+                board = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+            call(board)
+            self._board, self._purge_step = board, None
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._has_failed:
+                self._has_failed = True
+                self._say(
+                    f"metrics can't be written to {self._folder}: {error.strerror or error}; training goes on"
+                )
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -124,7 +124,7 @@ def _train(
     for text in stream.notes():
         run.say(text)
     meter = LoaderMeter(stream, world, run.folder, counts=faults, step=step, budget=config.data.error_budget)
-    writer = Writer(run.folder, resume_step=step) if world.rank == 0 else None
+    writer = Writer(run.folder, resume_step=step, say=run.say) if world.rank == 0 else None
 
     if world.rank == 0:
         run.forget_keys(after=step)

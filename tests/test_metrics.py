@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +258,33 @@ def test_a_slow_loader_is_told_once_with_the_cheapest_remedy(
     assert meter.warning(130, 0.9, threads=1) is None  # once
     assert "cache_mb" in remedy(loader.stats(), threads=4, cores=4)
     assert "faster disk" in remedy({**loader.stats(), "read_s": 90.0}, threads=4, cores=4)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's own thread
+def test_a_full_disk_costs_no_line(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        told: list[str] = []
+        writer = Writer(disk, resume_step=0, say=told.append)
+        writer.log({"step": 1, "loss": 1.0})
+        filler = disk / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+        for step in range(2, 200):  # more than the last page has room for
+            writer.log({"step": step, "loss": 1.0})
+        assert len(told) == 1
+        assert "No space left" in told[0]
+        assert len(read_json_lines(disk / "metrics.jsonl")) < 199
+        filler.unlink()
+        writer.log({"step": 200, "loss": 1.0})
+        writer.close()
+        assert [line["step"] for line in read_json_lines(disk / "metrics.jsonl")] == list(range(1, 201))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
