@@ -260,7 +260,7 @@ def _train(
         if plan.eval_steps and step % plan.eval_steps == 0 and not at_end:
             run_evaluation(step)
         if settled and (outcome := saver.settle()) is not None and outcome.error is not None:
-            save_now = True  # again
+            save_now = saver.num_failed == 1  # again at once, then when the next one is due
         if save_now or (plan.save_steps and step % plan.save_steps == 0 and not at_end) or stopped:
             save(step, then_go_on=not (stopped or at_end))
             last_save = time.monotonic()
