@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,10 @@ agent = Agent(float(sys.argv[1]), sys.argv[2])
 rank = subprocess.Popen([sys.executable, "-c", sys.argv[3], agent.heartbeat_path(0)], process_group=0)
 agent.watch({0: (rank.pid, os.getsid(0))})
 print(json.dumps([rank.pid, agent.heartbeat_path(0)]), flush=True)
+heard = 0
 for line in sys.stdin:
-    agent.poll()
+    number, _ = agent.poll(heard)
+    heard = heard if "unheard" in line else number
 """
 
 
@@ -85,12 +87,12 @@ def _start(agent: Agent, *, num_ranks: int = 1, more: str = "", log: Path | None
             started = subprocess.Popen(command, process_group=0, stderr=file)
         ranks[rank] = (started.pid, os.getsid(0))
     agent.watch(ranks)
-    _wait(lambda: all(sign.beat is not None and sign.beat.phase == "data" for sign in agent.poll()))
+    _wait(lambda: all(sign.beat is not None and sign.beat.phase == "data" for sign in agent.look()))
     return [group for group, _ in ranks.values()]
 
 
 def _sign(agent: Agent, rank: int = 0) -> Sign:
-    return agent.poll()[rank]
+    return agent.look()[rank]
 
 
 class TestSigns:
@@ -126,7 +128,7 @@ class TestSigns:
     def test_a_rank_that_does_not_beat_yet(self, agent: Agent) -> None:
         with subprocess.Popen(["sleep", "600"], process_group=0) as process:
             agent.watch({3: (process.pid, os.getsid(0))})
-            (sign,) = agent.poll()
+            (sign,) = agent.look()
             assert (sign.rank, sign.beat, sign.state) == (3, None, "running")
             process.kill()
 
@@ -135,8 +137,9 @@ class TestSigns:
         _start(agent)
         agent.watch(dict.fromkeys(range(8), next(iter(agent._ranks.values()))))
         begin = time.process_time()
+        heard = 0
         for _ in range(10):
-            agent.poll()
+            heard, _ = agent.poll(heard)
         assert (time.process_time() - begin) / 10 < 0.01
 
     def test_signals_reach_the_rank_and_not_its_child(self, agent: Agent) -> None:
@@ -210,7 +213,7 @@ class TestEnd:
         assert not _is_alive(first)
         assert not _is_alive(child)
         assert _is_alive(second)
-        assert [sign.rank for sign in agent.poll()] == [1]
+        assert [sign.rank for sign in agent.look()] == [1]
 
     def test_close_ends_the_rest_and_leaves_no_files(self) -> None:
         agent = Agent(5.0, f"test{os.getpid()}")
@@ -243,9 +246,9 @@ def _agent_process(lease_s: float, launch_id: str) -> Iterator[tuple[subprocess.
         process.communicate()
 
 
-def _poll(agent: subprocess.Popen[str]) -> None:
+def _poll(agent: subprocess.Popen[str], word: str = "poll") -> None:
     assert agent.stdin is not None
-    agent.stdin.write("poll\n")
+    agent.stdin.write(f"{word}\n")
     agent.stdin.flush()
 
 
@@ -278,6 +281,23 @@ class TestLease:
             silent = time.monotonic()
             _wait(lambda: not _is_alive(pid) and not _is_alive(child))
             assert time.monotonic() - silent > 0.9  # the last line may have been on its way for a while
+            assert agent.wait(10) == -signal.SIGKILL
+            _wait(lambda: not Path(path).parent.exists())
+
+    def test_calls_whose_answers_are_not_heard_renew_nothing(self) -> None:
+        """As when a link is cut, and calls that were under way arrive when it is mended."""
+        with _agent_process(1.0, f"test{os.getpid()}") as (agent, pid, path):
+            _poll(agent)
+            begin = time.monotonic()
+
+            def has_ended() -> bool:
+                with suppress(BrokenPipeError):
+                    _poll(agent, "unheard")
+                time.sleep(0.05)
+                return not _is_alive(pid)
+
+            _wait(has_ended)
+            assert time.monotonic() - begin < 10  # one second, and what a busy machine adds
             assert agent.wait(10) == -signal.SIGKILL
             _wait(lambda: not Path(path).parent.exists())
 

@@ -242,7 +242,7 @@ def agent() -> Iterator[Agent]:
 def _find(agent: Agent, watcher: Watcher, timeout: float = 60) -> tuple[int, str, dict[int, str]]:
     deadline = time.monotonic() + timeout
     while True:
-        signs = agent.poll()
+        signs = agent.look()
         if watcher.see(signs, time.monotonic()):
             stacks = agent.stacks([sign.rank for sign in signs])
             return *culprit(signs, stacks, watcher.cpu_s(signs)), stacks
@@ -252,7 +252,7 @@ def _find(agent: Agent, watcher: Watcher, timeout: float = 60) -> tuple[int, str
 
 def _wait_step(agent: Agent, step: int) -> None:
     deadline = time.monotonic() + 60
-    while any(sign.beat is None or sign.beat.step < step for sign in agent.poll()):
+    while any(sign.beat is None or sign.beat.step < step for sign in agent.look()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -289,7 +289,7 @@ def _case(nursery: Nursery, agent: Agent, folder: Path, case: tuple[int, int, st
         agent.signal([rank], signal.SIGSTOP)
     found, why, stacks = _find(agent, Watcher(hang_s=1.0, hang_steps=10, start_s=30))
     told = f"{case}: rank {found}, {why}\n" + "\n".join(f"{r}: {text}" for r, text in stacks.items())
-    beat = agent.poll()[rank].beat
+    beat = agent.look()[rank].beat
     assert beat is not None
     right = found == rank and (kind == "stop" or beat.phase == phase)
     agent.end(list(agent._ranks.values()), [])
@@ -324,7 +324,7 @@ class TestRealRanks:
         agent.watch(nursery.start(paths, tmp_path, rank=1, kind="slow", phase=phase, step=40))
         stragglers, found = Stragglers(), list[Straggler]()
         while not found:
-            signs = agent.poll()
+            signs = agent.look()
             found = stragglers.see(signs)
             newest = max((sign.beat.step for sign in signs if sign.beat), default=0)
             assert newest < 200

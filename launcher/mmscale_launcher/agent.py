@@ -5,14 +5,15 @@
     agent = Agent(lease_s=20.0, launch_id="6f2a")     # a Ray actor, one a node
     path = agent.heartbeat_path(0)                    # MMSCALE_HEARTBEAT of rank 0, before it starts
     agent.watch({0: (group, session)})                # rank 0 leads a process group of its own
-    agent.poll()                                      # a Sign for each rank; at once, and it renews the lease
+    heard, signs = agent.poll(heard)                  # a Sign for each rank; at once, and it renews the lease
     agent.stacks([0])                                 # what it executes, also of a process that is stopped
     agent.end([(group, session)], files)              # kills, and returns when they are gone
 
 A rank does nothing for this but write its heartbeat (`mmscale.heartbeat`). All seconds are of this node's own clock.
 
-The lease: when nobody has called for lease_s, this node is cut off or its driver is dead, and another attempt may
-begin elsewhere. Then the ranks here are killed, and the agent too. A small process of its own sees to that
+The lease: when nobody has polled for lease_s, this node is cut off or its driver is dead, and another attempt may
+begin elsewhere. It runs from the newest answer that the driver says it has heard, so it is over lease_s after the
+driver last heard anything, however long a call was on its way. Then the ranks here are killed, and the agent too. A small process of its own sees to that
 (`processes.py --ranks`), so that it also happens when this process is killed, stopped or stuck; it survives Ray. Kill
 both at once and the ranks stay: `clear`, called by the agent of a later attempt, ends those. The trade-off: a launcher
 that is stopped for longer than the lease loses its attempt, which a restart brings back from the last checkpoint.
@@ -70,11 +71,15 @@ class Agent:
         fcntl.flock(self._held, fcntl.LOCK_EX)  # before it has its name: others see that its agent lives
         self._folder = fresh.rename(fresh.with_name(f"{_prefix(launch_id)}{fresh.name[8:]}"))
         self._lease_s = lease_s
+        self._given = {
+            0: time.monotonic()
+        }  # number of an answer -> when it was given; those that may be heard yet
+        self._until = None if lease_s is None else self._given[0] + lease_s
         self._ranks: dict[int, tuple[int, int]] = {}
         self._beats: dict[int, Beat] = {}  # the last of each rank
         self._lock = threading.Lock()
         self._guard: int | None = None  # the writing end of its pipe
-        self._renew()
+        self._tell_guard()
 
     def heartbeat_path(self, rank: int) -> str:
         """Where this rank writes its heartbeat; in memory, where there is such a folder."""
@@ -83,24 +88,31 @@ class Agent:
     def watch(self, ranks: Mapping[int, tuple[int, int]]) -> None:
         """Takes over these ranks, in place of those before: rank -> its process group, which it leads, and session."""
         self._ranks, self._beats = dict(ranks), {}
-        self._renew()
+        self._tell_guard()
 
-    def poll(self) -> list[Sign]:
-        """A look at each rank, in microseconds."""
-        self._renew()
+    def poll(self, heard: int) -> tuple[int, list[Sign]]:
+        """A look at each rank, in microseconds, and the number of this answer.
+
+        heard: the number of the newest answer that has reached the caller, 0 before the first: the lease runs from it.
+        """
+        with self._lock:
+            number, now = max(self._given) + 1, time.monotonic()
+            if self._lease_s is not None and heard in self._given:
+                self._until = self._given[heard] + self._lease_s
+            self._given = {n: given for n, given in self._given.items() if n >= heard} | {number: now}
+        self._tell_guard()
+        return number, self.look()
+
+    def look(self) -> list[Sign]:
         return [self._look(rank) for rank in sorted(self._ranks)]
 
     def stacks(self, ranks: Iterable[int]) -> dict[int, str]:
         """What the main thread of each rank executes, innermost first, and the data threads if it waits for them."""
-        self._renew()
         dumps = {rank: _start_dump(self._ranks[rank][0]) for rank in ranks if rank in self._ranks}
-        found = {rank: self._stack(rank, dump) for rank, dump in dumps.items()}
-        self._renew()
-        return found
+        return {rank: self._stack(rank, dump) for rank, dump in dumps.items()}
 
     def signal(self, ranks: Iterable[int], number: int) -> None:
         """Sends a signal to the ranks' own processes, not to their children."""
-        self._renew()
         for rank in ranks:
             if rank in self._ranks and self._look(rank).state != "gone":
                 with suppress(ProcessLookupError):
@@ -108,7 +120,6 @@ class Agent:
 
     def end(self, groups: Iterable[tuple[int, int]], files: Iterable[str]) -> tuple[list[int], list[str]]:
         """Ends process groups; returns what couldn't be ended, and the files' last lines."""
-        self._renew()
         groups = set(groups)
         survivors = processes.kill_groups(groups, timeout=KILL_TIMEOUT)
         self.watch({rank: group for rank, group in self._ranks.items() if group not in groups})
@@ -118,7 +129,6 @@ class Agent:
         """Ends what dead agents of this launch left on this machine; returns what couldn't be ended. To be called
         before ranks start.
         """
-        self._renew()
         folders = [
             path for path in self._folder.parent.glob(f"{_prefix(self._launch_id)}*") if _is_left(path)
         ]
@@ -150,10 +160,10 @@ class Agent:
         beat = self._beats.get(rank)  # a rank that was stopped while it wrote leaves nothing that can be read
         return Sign(rank=rank, beat=beat, state=look.state, rss_bytes=look.rss_bytes, cpu_s=look.cpu_s)
 
-    def _renew(self) -> None:
-        """Tells the guard that we are heard, and whose groups are to be ended if not; starts one if need be."""
-        line = json.dumps(list(self._ranks.values())).encode() + b"\n"
+    def _tell_guard(self) -> None:
+        """How long the lease is, and whose groups are to be ended then; starts a guard if there is none."""
         with self._lock:
+            line = json.dumps({"until": self._until, "groups": list(self._ranks.values())}).encode() + b"\n"
             if self._guard is not None:
                 try:
                     os.write(self._guard, line)
@@ -163,7 +173,7 @@ class Agent:
                     os.close(self._guard)
                     self._guard = None
             if self._guard is None:
-                self._guard = _start_guard(self._lease_s, self._folder, line)
+                self._guard = _start_guard(self._folder, line)
 
     def _stack(self, rank: int, dump: subprocess.Popen[bytes] | str) -> str:
         if self._look(rank).state == "gone":
@@ -232,19 +242,9 @@ def _memory_folder() -> str:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else tempfile.gettempdir()
 
 
-def _start_guard(lease_s: float | None, folder: Path, line: bytes) -> int:
+def _start_guard(folder: Path, line: bytes) -> int:
     """Starts the process that ends our ranks after us; returns the writing end of a pipe to it, which has the line."""
-    lease = "none" if lease_s is None else str(lease_s)
-    command = [
-        sys.executable,
-        "-I",
-        "-S",
-        processes.__file__,
-        "--ranks",
-        lease,
-        str(folder),
-        str(os.getpid()),
-    ]
+    command = [sys.executable, "-I", "-S", processes.__file__, "--ranks", str(folder), str(os.getpid())]
     # a local Ray's guard ends what carries its mark, and this one must outlive the agent to clear up after it
     environment = {name: value for name, value in os.environ.items() if name != processes.MARK}
     reading, writing = os.pipe()

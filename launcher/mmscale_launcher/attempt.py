@@ -62,7 +62,7 @@ class Poller:
         self._ended = threading.Event()
         self.signs: dict[int, Sign] = {}  # by rank, the newest
         self.answered = [time.monotonic()] * len(agents)  # by node
-        self.has_answered = [False] * len(agents)
+        self._heard = [0] * len(agents)  # by node, the number of the newest answer
         self.dead: dict[int, RayError] = {}  # by node
         self._thread = threading.Thread(target=self._run, daemon=True, name="mmscale-poller")
         self._thread.start()
@@ -72,7 +72,7 @@ class Poller:
 
     def silent_s(self, node: int) -> float:
         """How long an agent that has answered once hasn't."""
-        return time.monotonic() - self.answered[node] if self.has_answered[node] else 0.0
+        return time.monotonic() - self.answered[node] if self._heard[node] else 0.0
 
     def _run(self) -> None:
         pending: dict[Any, int] = {}
@@ -80,18 +80,19 @@ class Poller:
             for node, agent in enumerate(self._agents):
                 if node not in pending.values() and node not in self.dead:
                     with suppress(RayError):
-                        pending[agent.poll.remote()] = node
+                        pending[agent.poll.remote(self._heard[node])] = node
             ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.3) if pending else ([], [])
             for answer in ready:
                 node = pending.pop(answer)
                 try:
-                    self.signs.update((sign.rank, sign) for sign in ray.get(answer, timeout=1))
+                    number, signs = ray.get(answer, timeout=1)
                 except ActorUnavailableError:
                     continue  # the link may come back: how long it is silent decides
                 except RayError as error:
                     self.dead[node] = error
                     continue
-                self.answered[node], self.has_answered[node] = time.monotonic(), True
+                self.signs.update((sign.rank, sign) for sign in signs)
+                self.answered[node], self._heard[node] = time.monotonic(), number
 
 
 class Attempt:
@@ -208,6 +209,8 @@ class Attempt:
             cleared = ray.get([agent.clear.remote() for agent in self._agents], timeout=left)
             self.survivors += [pid for pids in cleared for pid in pids]
             ray.get([self._agents[node].watch.remote(groups) for node, groups in ranks.items()], timeout=left)
+            assert self._poller is not None
+            self._poller.answered = [time.monotonic()] * len(self._agents)  # their leases began before that
             paths = [
                 self._agents[node].heartbeat_path.remote(r)
                 for r, (node, _) in enumerate(self.layout.places())

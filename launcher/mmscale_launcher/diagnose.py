@@ -3,7 +3,7 @@
 ::
 
     watcher, stragglers = Watcher(hang_s=15, hang_steps=10, start_s=600), Stragglers()
-    signs = [sign for agent in agents for sign in agent.poll()]     # a few times a second
+    signs = [sign for agent in agents for sign in agent.look()]     # a few times a second
     if watcher.see(signs, time.monotonic()):
         rank, why = culprit(signs, stacks, watcher.cpu_s(signs))
     for slow in stragglers.see(signs): ...

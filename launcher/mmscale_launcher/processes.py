@@ -150,30 +150,34 @@ def _maps(pid: int) -> bytes:
         return b""
 
 
-def _guard_ranks(lease_s: float | None, folder: str, agent: int) -> None:
-    """Each line of the input is the list of [group, session] to end when no other line follows in time."""
+def _guard_ranks(folder: str, agent: int) -> None:
+    """Each line of the input says until when the lease is (CLOCK_MONOTONIC, null for ever), and what ends with it."""
     if os.fork():
         return  # Ray kills the children of a process of its that ends, and this one must live on
     os.setsid()
     text = b""
     groups: list[tuple[int, int]] = []
-    while select.select([0], [], [], lease_s)[0]:
+    until: float | None = None
+    while True:
+        left = None if until is None else max(0.0, until - time.monotonic())
+        if not select.select([0], [], [], left)[0]:
+            os.kill(agent, signal.SIGKILL)  # its end of the pipe is open, so this is still its id
+            break
         data = os.read(0, 1 << 16)
         if not data:
             break  # the agent has ended
         *lines, text = (text + data).split(b"\n")
         if lines:
-            groups = [(group, session) for group, session in json.loads(lines[-1])]
-    else:
-        os.kill(agent, signal.SIGKILL)  # its end of the pipe is open, so this is still its id
+            newest = json.loads(lines[-1])
+            until, groups = newest["until"], [(group, session) for group, session in newest["groups"]]
     kill_groups(groups, timeout=GUARD_TIMEOUT)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
     if sys.argv[1] == "--ranks":
-        lease_s, folder, agent = sys.argv[2:]
-        _guard_ranks(float(lease_s) if lease_s != "none" else None, folder, int(agent))
+        folder, agent = sys.argv[2:]
+        _guard_ranks(folder, int(agent))
         return
     mark, folder = sys.argv[1:]
     sys.stdin.buffer.read()
