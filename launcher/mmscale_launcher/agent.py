@@ -13,10 +13,11 @@ A rank does nothing for this but write its heartbeat (`mmscale.heartbeat`). All 
 
 The lease: when nobody has polled for lease_s, this node is cut off or its driver is dead, and another attempt may
 begin elsewhere. It runs from the newest answer that the driver says it has heard, so it is over lease_s after the
-driver last heard anything, however long a call was on its way. Then the ranks here are killed, and the agent too. A small process of its own sees to that
-(`processes.py --ranks`), so that it also happens when this process is killed, stopped or stuck; it survives Ray. Kill
-both at once and the ranks stay: `clear`, called by the agent of a later attempt, ends those. The trade-off: a launcher
-that is stopped for longer than the lease loses its attempt, which a restart brings back from the last checkpoint.
+driver last heard anything, however long a call was on its way. Then the ranks here are killed, and the agent too. A
+small process of its own sees to that (`processes.py --ranks`), so that it also happens when this process is killed,
+stopped or stuck; it survives Ray. Kill both at once and the ranks stay: `clear`, called by the agent of a later
+attempt, ends those. The trade-off: a launcher that is stopped for longer than the lease loses its attempt, which a
+restart brings back from the last checkpoint.
 """
 
 from __future__ import annotations
