@@ -59,18 +59,6 @@ class Found:
         return self.place or str(self.path)
 
 
-def save(
-    engine: Engine, folder: Path, *, step: int, state: dict[str, Any], config: Config, keep: int
-) -> Path:
-    """A whole checkpoint, at once. Collective. Raises CheckpointError on all ranks."""
-    from mmscale.saver import Saver
-
-    train = config.train.model_copy(update={"keep_checkpoints": keep, "max_failed_saves": 1})
-    saver = Saver(engine, folder, config=config.model_copy(update={"train": train}))
-    saver.save(step, state)
-    return folder / step_name(step)
-
-
 def check_finite(losses: Mapping[str, float], step: int, lr: float, folder: Path | str) -> None:
     """Raises Diverged before a model that has come apart is saved over a good one."""
     if all(map(math.isfinite, losses.values())):

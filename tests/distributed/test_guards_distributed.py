@@ -25,6 +25,7 @@ from mmscale.data.batch import TensorBatch
 from mmscale.engine import Engine, StepResult, held_weights
 from mmscale.guards import explain_skip
 from mmscale.pipeline import drop_complete, micro_batches, train_stream
+from mmscale.saver import Saver
 from mmscale.tasks import TASKS, Task, model_for
 from mmscale.tasks.caption import Caption
 from mmscale.world import World
@@ -208,7 +209,7 @@ def going_back(scenes: Path, folder: Path, cases: list[tuple[int, str, int]]) ->
         engine = make_engine(config, world)
         for task in BEFORE:
             step(engine, task, batch)
-        checkpoint.save(engine, own, step=2, state={}, config=config, keep=2)
+        Saver(engine, own, config=config).save(2, {})
         found, _ = checkpoint.find(own, world)
         assert found is not None
         step(engine, HEARD, batch)
@@ -246,7 +247,7 @@ def saved_by_two(scenes: Path, folder: Path, stage: int) -> None:
     config = tiny_config(scenes, f"engine.zero_stage={stage}")
     engine = make_engine(config, world)
     step(engine, BEFORE[0], first_batch(config, world).tensors)
-    checkpoint.save(engine, folder, step=1, state={}, config=config, keep=2)
+    Saver(engine, folder, config=config).save(1, {})
 
 
 def going_back_alone(scenes: Path, folder: Path, stage: int) -> list[tuple[Any, Any]]:
@@ -266,7 +267,7 @@ def going_back_alone(scenes: Path, folder: Path, stage: int) -> list[tuple[Any, 
     engine = loaded(None, universal=True)
     step(engine, HEARD, batch)
     first = go_on(loaded(engine, universal=True), batch), go_on(loaded(None, universal=True), batch)
-    checkpoint.save(engine, folder, step=3, state={}, config=config, keep=2)
+    Saver(engine, folder, config=config).save(3, {})
     step(engine, HEARD, batch)
     second = go_on(loaded(engine, universal=False), batch), go_on(loaded(None, universal=False), batch)
     return [first, second]
