@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ def connected(config: Config, address: str | None, emit: OnEvent) -> Iterator[Cl
         )
     with interruptible():
         if address is None:
-            with local_ray(config, emit):
+            with _own_mode(), local_ray(config, emit):
                 context = ray.get_runtime_context()
                 yield Cluster(is_local=True, node_id=context.get_node_id(), address=None)
             return
@@ -83,6 +83,16 @@ def connected(config: Config, address: str | None, emit: OnEvent) -> Iterator[Cl
             if not was_connected:
                 with uninterrupted():
                     ray.shutdown()
+
+
+@contextmanager
+def _own_mode() -> Iterator[None]:
+    """Takes back that a local Ray asks for a token. A driver that brings one to a cluster without can't be called back,
+    so the cluster takes it for dead: "all references to the actor were removed". Processes that this one starts later
+    are safe then; Ray in this one keeps the mode for good.
+    """
+    with _restored(("RAY_AUTH_MODE", "PYTHONBREAKPOINT")):
+        yield
 
 
 def _check_reachable(address: str) -> None:
@@ -182,15 +192,20 @@ def _short_folder() -> str:
 
 @contextmanager
 def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+    with _restored(changes):
+        os.environ.update(changes)
+        yield
+
+
+@contextmanager
+def _restored(names: Iterable[str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:
         for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
+            os.environ.pop(name, None)
+            if value is not None:
                 os.environ[name] = value
 
 

@@ -76,7 +76,9 @@ def test_a_killed_rank_costs_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_ADDRESS", "203.0.113.1:6379")  # nobody is there; a local Ray must not ask
     events: list[dict[str, Any]] = []
     config = make_config(tmp_path, workers_per_node=2)
+    mode = os.environ.get("RAY_AUTH_MODE")
     report = launch(config, on_event=events.append, _worker="fake_worker:killed_once")
+    assert os.environ.get("RAY_AUTH_MODE") == mode
     assert report == {"attempt": 2}
     told = [event["text"] for event in events if event["event"] == "message"]
     assert len(told) == 1
@@ -165,6 +167,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """Three nodes with 2 CPUs each, on this machine, with a folder of Ray's own."""
     with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp") as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as a local Ray before it has made it for this process
         Path(folder, "ray").mkdir()
         options = {"num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 0})
