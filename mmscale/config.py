@@ -425,7 +425,9 @@ class LaunchConfig(Section):
     workers_per_node: PositiveInt | None = None  # default: the GPUs of a node, else two
     min_workers: PositiveInt | None = None  # go on with as few when nodes are lost; default: all are needed
     max_restarts: Annotated[int, Field(ge=0)] = 10  # after failures of machines, links and processes
-    backoff_s: Annotated[float, Field(ge=0)] = 1.0  # before a restart; doubled at each without progress
+    backoff_s: Annotated[float, Field(ge=0)] = (
+        1.0  # before a restart that follows one without a step gained; doubled at each such
+    )
     max_backoff_s: Annotated[float, Field(ge=0)] = 60.0
     start_s: Annotated[float, Field(gt=0)] = 600.0  # until a rank's first step
     hang_s: Annotated[float, Field(gt=0)] = 15.0  # without progress, and ...

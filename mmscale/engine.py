@@ -9,11 +9,13 @@ The trade-off: under ZeRO-3 a model is built whole on each host before DeepSpeed
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -40,6 +42,10 @@ def load_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
+    # It imports an optimizer that isn't used here wherever it asks whether one is that. As that is imported it compiles
+    # a function, for which torch imports its compiler: 2.8 s of CPU time in each rank's start.
+    with mock.patch("deepspeed.runtime.compiler.compile", return_value=lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Made anew for each engine: the one DeepSpeed remembers may be of a process group that was destroyed since, as

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import cpu_attention as cpu
 from . import tiled_attention as tiled
-from .dispatch import Decision, choose, is_torch_on_cpu, register_decision
+from .dispatch import Decision, choose, custom_op, is_torch_on_cpu, register_decision
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _attend(
     return out, lse
 
 
-_attention = torch.library.custom_op("mmscale_kernels::cross_modal_attention", mutates_args=())(_attend)
+_attention = custom_op("mmscale_kernels::cross_modal_attention")(_attend)
 
 
 @_attention.register_fake
@@ -404,9 +404,7 @@ def _attend_backward(
     ]
 
 
-_attention_backward = torch.library.custom_op(
-    "mmscale_kernels::cross_modal_attention_backward", mutates_args=()
-)(_attend_backward)
+_attention_backward = custom_op("mmscale_kernels::cross_modal_attention_backward")(_attend_backward)
 
 
 @_attention_backward.register_fake

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Decision, choose, register_decision
+from .dispatch import Decision, choose, custom_op, register_decision
 from .tiled_attention import compute_dtype
 
 # The Triton kernels hold a row of a head in registers, and count points and pixels in 32 bits.
@@ -84,7 +84,7 @@ def _choose(value: Tensor, weights: Tensor, backend: str | None) -> Decision:
 register_decision(deformable_attention, _decide)
 
 
-@torch.library.custom_op("mmscale_kernels::deformable_attention", mutates_args=())
+@custom_op("mmscale_kernels::deformable_attention")
 def _deformable(
     value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor, backend: str
 ) -> Tensor:
@@ -113,7 +113,7 @@ def _(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor, 
     return value.new_empty(weights.shape[0], weights.shape[1], weights.shape[2] * value.shape[3])
 
 
-@torch.library.custom_op("mmscale_kernels::deformable_attention_backward", mutates_args=())
+@custom_op("mmscale_kernels::deformable_attention_backward")
 def _deformable_backward(
     grad_out: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

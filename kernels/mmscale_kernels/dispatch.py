@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.library import CustomOpDef
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -115,6 +116,33 @@ def is_torch_on_cpu(backend: str | None, device: torch.device) -> bool:
     False also where it would raise: then ask it.
     """
     return (backend is None or backend == "torch") and device.type == "cpu"
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """`torch.library.custom_op` for a function that changes none of its arguments; a first call doesn't import torch's
+    compiler.
+
+    torch wraps the function so that it isn't traced, and that imports the compiler: over a second of a process's start.
+    Nothing can be traced before something else has imported it, so until then the function is called as it is.
+    """
+
+    def make(function: Callable[..., Any]) -> CustomOpDef:
+        op = torch.library.custom_op(name, function, mutates_args=())
+        kernels: dict[Any, Callable[..., Any]] = getattr(op, "_backend_fns", {})
+        for device, untraced in kernels.items():
+            kernels[device] = _until_compiled(untraced)
+        return op
+
+    return make
+
+
+def _until_compiled(untraced: Callable[..., Any]) -> Callable[..., Any]:
+    function = getattr(untraced, "__wrapped__", untraced)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (untraced if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return call
 
 
 _DECISIONS: dict[Callable[..., Any], Callable[..., Decision]] = {}

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import exchange as _exchange
 from . import torch_losses
-from .dispatch import Decision, choose, register_decision
+from .dispatch import Decision, choose, custom_op, register_decision
 from .torch_losses import Statistics, Targets, compute_dtype, exact_dtype
 
 Group = dist.ProcessGroup | Literal[False] | None
@@ -412,7 +412,7 @@ class _Batch:
         ]
 
 
-@torch.library.custom_op("mmscale::contrastive_loss", mutates_args=())
+@custom_op("mmscale::contrastive_loss")
 def _contrastive_op(
     x: Tensor,
     y: Tensor,
@@ -473,7 +473,7 @@ def _contrastive(arguments: _Arguments, batch: _Batch, targets: Targets, form: M
     return batch.results([loss, dscale], scale, dx, dy)
 
 
-@torch.library.custom_op("mmscale::sigmoid_loss", mutates_args=())
+@custom_op("mmscale::sigmoid_loss")
 def _sigmoid_op(
     x: Tensor,
     y: Tensor,

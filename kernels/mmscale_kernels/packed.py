@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import cpu_attention as cpu
 from . import tiled_attention as tiled
-from .dispatch import Decision, choose, is_torch_on_cpu, register_decision
+from .dispatch import Decision, choose, custom_op, is_torch_on_cpu, register_decision
 
 # Up to here one flash call with a (T, T) mask beats a call for the prefix and one for the causal segment.
 _FEW_COLUMNS = 128
@@ -156,7 +156,7 @@ def _attend(
     return out, lse
 
 
-_packed = torch.library.custom_op("mmscale_kernels::packed_attention", mutates_args=())(_attend)
+_packed = custom_op("mmscale_kernels::packed_attention")(_attend)
 
 
 @_packed.register_fake
@@ -239,9 +239,7 @@ def _attend_backward(
     return grad_qkv, grad_gates
 
 
-_packed_backward = torch.library.custom_op("mmscale_kernels::packed_attention_backward", mutates_args=())(
-    _attend_backward
-)
+_packed_backward = custom_op("mmscale_kernels::packed_attention_backward")(_attend_backward)
 
 
 @_packed_backward.register_fake

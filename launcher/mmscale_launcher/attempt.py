@@ -54,6 +54,13 @@ MAX_EVENTS = 10_000  # kept by the reporter
 MAX_PENDING_EVENTS = 1_000  # on their way to it
 
 
+def start_reporter(cluster: Cluster) -> Any:
+    """One for all attempts of a launch, near the driver; Ray starts it again should it die."""
+    near = NodeAffinitySchedulingStrategy(cluster.node_id, soft=True) if cluster.node_id else "DEFAULT"
+    options = {"num_cpus": 0, "max_restarts": -1, "max_pending_calls": MAX_PENDING_EVENTS}
+    return ray.remote(Reporter).options(**options, scheduling_strategy=near).remote(MAX_EVENTS)
+
+
 class Poller:
     """Asks the agents what their ranks do, and so renews their leases."""
 
@@ -108,6 +115,7 @@ class Attempt:
         layout: Layout,
         size: Size,
         group: PlacementGroup,
+        reporter: Any,
         attempt_id: str,
         alive: Callable[[], dict[str, Node] | None],
         needs: Callable[[Attempt], str],
@@ -119,7 +127,7 @@ class Attempt:
         self._lease_s = None if cluster.is_local else config.launch.lease_s
         self._agents: list[Any] = []
         self._actors: list[Any] = []
-        self._reporter: Any = None
+        self._reporter = reporter
         self._fetch: Any = None  # the events under way from the reporter
         self._poller: Poller | None = None
         self._watcher = diagnose.Watcher(
@@ -159,15 +167,6 @@ class Attempt:
         return failure
 
     def _start(self) -> None:
-        near_driver = (
-            NodeAffinitySchedulingStrategy(self._cluster.node_id, soft=True)
-            if self._cluster.node_id
-            else "DEFAULT"
-        )
-        reporter = ray.remote(Reporter).options(
-            num_cpus=0, max_pending_calls=MAX_PENDING_EVENTS, scheduling_strategy=near_driver
-        )
-        self._reporter = reporter.remote(MAX_EVENTS)
         bundles = [
             PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=node)
             for node in range(len(self.layout.workers))
@@ -372,7 +371,8 @@ class Attempt:
                 self._fetch = self._fetch or self._reporter.drain.remote()
                 if not last and not ray.wait([self._fetch], timeout=0)[0]:
                     return
-                events, self._fetch = ray.get(self._fetch, timeout=5), None
+                fetch, self._fetch = self._fetch, None
+                events = ray.get(fetch, timeout=5)
                 for event in events:
                     self.folder = event.get("folder", self.folder)
                     self._emit(event)
@@ -443,10 +443,9 @@ class Attempt:
 
     def _withdraw(self) -> None:
         """Tells Ray that the actors and their places are wanted no more."""
-        for actor in [*self._actors, *self._agents, self._reporter]:
-            if actor is not None:
-                with suppress(RayError):
-                    ray.kill(actor)
+        for actor in [*self._actors, *self._agents]:
+            with suppress(RayError):
+                ray.kill(actor)
         remove_placement_group(self._group)
 
 

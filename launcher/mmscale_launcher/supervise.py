@@ -2,9 +2,10 @@
 
     report = Supervisor(config, cluster=cluster, emit=emit).run("mmscale.train:train")
 
-Failures of machines, links and processes cost a restart each, of which there are launch.max_restarts, after a pause
-that doubles while nothing is gained. Failures that would come again end the run (see `mmscale_launcher.failures`). A
-stop that the launcher itself asked for, to make room or to use it, costs neither restart nor step.
+Failures of machines, links and processes cost a restart each, of which there are launch.max_restarts: at once where
+steps were gained since the last one, else after a pause that doubles. Failures that would come again end the run (see
+`mmscale_launcher.failures`). A stop that the launcher itself asked for, to make room or to use it, costs neither
+restart nor step.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from mmscale.errors import ConfigError, Preempted, UserError
-from mmscale_launcher.attempt import Attempt
+from mmscale_launcher.attempt import Attempt, start_reporter
 from mmscale_launcher.cluster import Cluster, OnEvent, Stop, is_main_thread, message, uninterrupted, within
 from mmscale_launcher.failures import OUT_OF_MEMORY, Exhausted, Failure, OutOfMemory, RankFailed, Stalled
 from mmscale_launcher.layout import Layout, Node, Size, arrange, in_words, look
@@ -50,13 +51,14 @@ class NodeWatch:
     """The nodes of the cluster, asked for in a thread once a second: the call blocks while the head is away."""
 
     def __init__(self) -> None:
-        self._ended = threading.Event()
+        self._ended, self._wanted = threading.Event(), threading.Event()
         self._nodes: dict[str, Node] = {}
         self._time = float("-inf")
         threading.Thread(target=self._run, daemon=True, name="mmscale-nodes").start()
 
     def end(self) -> None:
         self._ended.set()
+        self._wanted.set()
 
     def alive(self) -> dict[str, Node] | None:
         """By id; None while the head doesn't answer, which says nothing of the nodes."""
@@ -65,16 +67,18 @@ class NodeWatch:
     def newest(self) -> list[Node]:
         """As of now, or of when the head last answered."""
         asked = time.monotonic()
+        self._wanted.set()
         while self._time < asked and time.monotonic() < asked + HEAD_TIMEOUT:
             time.sleep(0.05)
         return list(self._nodes.values())
 
     def _run(self) -> None:
         while not self._ended.is_set():
+            self._wanted.clear()
             with suppress(Exception):  # a head that is away answers with errors of many kinds
                 begun = time.monotonic()
                 self._nodes, self._time = {node.node_id: node for node in look()}, begun
-            self._ended.wait(1.0)
+            self._wanted.wait(1.0)
 
 
 class Supervisor:
@@ -85,6 +89,7 @@ class Supervisor:
         self._size = Size.of(config, self._watch.newest() or look(), is_local=cluster.is_local)
         self._avoided: dict[str, float] = {}  # node -> until when
         self._room_since: float | None = None
+        self._reporter: Any = None
         self._restarts = 0
         self._status: dict[str, Any] = {
             "state": "starting",
@@ -164,6 +169,7 @@ class Supervisor:
         seen: set[tuple[str, int | None]] = set()
         was_memory = False
         preempted: UserError | None = None
+        self._reporter = start_reporter(self._cluster)
         while True:
             number += 1
             layout, group = self._reserve(first=number == 1, instead=preempted)
@@ -225,7 +231,7 @@ class Supervisor:
                 raise ended(f"gave up after {number} attempts: {failure.told()}")
             self._restarts += 1
             launch = self.config.launch
-            pause = min(launch.max_backoff_s, launch.backoff_s * 2**without_progress)
+            pause = min(launch.max_backoff_s, launch.backoff_s * 2 ** (without_progress - 1))
             self._emit(
                 message(
                     f"{failure.in_short()}; restarting, attempt {number + 1} "
@@ -234,7 +240,7 @@ class Supervisor:
             )
             self._tell_status(state="restarting", ranks=[])
             self._avoid(attempt.silent, NOTICE)
-            time.sleep(pause)
+            time.sleep(pause if without_progress else 0.0)
 
     def _attempt(self, number: int, layout: Layout, group: PlacementGroup, stop: Stop) -> Attempt:
         train = self.config.train.model_copy(update={"accumulation": layout.accumulation})
@@ -256,6 +262,7 @@ class Supervisor:
             layout=layout,
             size=self._size,
             group=group,
+            reporter=self._reporter,
             attempt_id=attempt_id,
             alive=self._watch.alive,
             needs=self._needs,
