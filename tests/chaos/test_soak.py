@@ -16,7 +16,7 @@ from mmscale.metrics import read_json_lines
 pytestmark = [pytest.mark.chaos, pytest.mark.distributed, pytest.mark.timeout(2400)]
 
 EVERY_S = 30.0  # between faults
-GOODPUT = 0.6  # the gate
+GOODPUT = 0.45 if SCALE == "ci" else 0.6  # the gate; the short form is a fifth start-up
 # CI has no time for a hang, which takes 15 s to be one; tests/chaos/test_hangs.py has that.
 STEPS, KINDS = (
     (100, ["kill", "term", "remove", "add"])
