@@ -20,9 +20,11 @@ import fake_worker
 import pytest
 from mmscale_launcher import Exhausted, RankFailed, cluster, launch, processes, supervise
 from mmscale_launcher.cluster import join
+from mmscale_launcher.failures import of_death
 from mmscale_launcher.layout import arrange
 from mmscale_launcher.rank import _PEER_FAILED, Reporter, _pickled
 from mmscale_launcher.status import is_alive, read_status, write_status
+from ray.exceptions import RayActorError
 
 from mmscale.config import Config, DataConfig, FieldConfig, LaunchConfig, ModelConfig, RunConfig, TextConfig
 from mmscale.errors import ConfigError, DataError, Preempted
@@ -168,6 +170,22 @@ def test_a_lost_peer_is_not_a_bug(message: str) -> None:
 @pytest.mark.parametrize("message", ["shapes (2, 3) and (4, 5) don't match", "the loss is not finite"])
 def test_a_bug_is_not_a_lost_peer(message: str) -> None:
     assert not _PEER_FAILED.search(message)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Worker unexpectedly exits with a connection error code 2. End of file.", "was killed (by signal 9"),
+        (
+            "The actor is dead because all references to the actor were removed.",
+            "was ended by Ray (all references",
+        ),
+        ("The actor died because its node has died. Node Id: 12, NODE_DIED", "died with its node"),
+    ],
+)
+def test_a_death_is_told_by_what_ray_says_of_it(said: str, told: str) -> None:
+    failure = of_death(1, "rank 1", RayActorError(error_msg=said), start_timeout=1)
+    assert (failure.kind, failure.what.startswith(told)) == ("died", True), failure.what
 
 
 def test_the_reporter_is_bounded() -> None:

@@ -56,6 +56,12 @@ class PreflightFailed(UserError):
     exit_code = 16
 
 
+# Why Ray itself ends an actor: nobody has asked for it, so something is wrong between the launcher and the cluster.
+_ENDED_BY_RAY = re.compile(
+    r"all references to the actor were removed|owner has died|`ray\.kill`", re.IGNORECASE
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """How one rank failed."""
@@ -128,6 +134,8 @@ def of_death(rank: int, who: str, error: RayError, *, start_timeout: float) -> F
         what = f"didn't start within {start_timeout:.0f} s"
     elif is_memory:
         what = "was killed by Ray, since its node ran out of memory"
+    elif cause := _ENDED_BY_RAY.search(text):
+        what = f"was ended by Ray ({cause[0]})"
     elif "node died" in text.lower() or "NODE_DIED" in text:
         what = "died with its node"
     else:

@@ -160,6 +160,9 @@ class Supervisor:
             raise
         finally:
             self._watch.end()
+            if self._reporter is not None:
+                with suppress(TimeoutError, RayError):
+                    within(HEAD_TIMEOUT, lambda: ray.kill(self._reporter))
         self._tell_status(state="done", exit_code=0, eta_s=0, ranks=[])
         return report
 
