@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mmscale_launcher.tune import (
-    Found,
-    Measure,
-    Trial,
-    draw,
-    draw_curves,
-    parse_search,
-    tune,
-)
+from mmscale_launcher.search import parse_search
+from mmscale_launcher.tune import Found, Measure, Trial, draw, draw_curves, tune
 from PIL import Image
 from tiny_run import run_config
 
