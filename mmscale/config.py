@@ -430,7 +430,7 @@ class LaunchConfig(Section):
     )
     max_backoff_s: Annotated[float, Field(ge=0)] = 60.0
     start_s: Annotated[float, Field(gt=0)] = 600.0  # until a rank's first step
-    hang_s: Annotated[float, Field(gt=0)] = 15.0  # without progress, and ...
+    hang_s: Annotated[float, Field(gt=0)] = 12.0  # without progress, and ...
     hang_steps: Annotated[float, Field(gt=0)] = 10.0  # ... as many median steps: then a rank hangs
     lease_s: Annotated[float, Field(ge=5)] = 10.0  # on a cluster: ranks end that don't hear the launcher
     preflight: bool = True  # `mmscale doctor` first

@@ -8,13 +8,23 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import Launched, Nodes, assert_exact, living_processes, record, reference, same_ray, seeds
+from harness import (
+    Launched,
+    Nodes,
+    assert_exact,
+    living_processes,
+    record,
+    reference,
+    same_ray,
+    seeds,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.chaos, pytest.mark.distributed, pytest.mark.timeout(600)]
 
 ROW = "supervisor or driver killed"
 ORPHANS_S = 30.0  # the gate
-OVERRIDES = ("train.duration=60", "train.save_every=10")
+OVERRIDES = ("train.duration=120", "train.save_every=10")
 
 
 @pytest.mark.parametrize("seed", seeds(ci=1, standard=2, full=5))
@@ -35,6 +45,7 @@ def test_a_killed_driver_leaves_nothing_and_the_run_goes_on(
         with launched:
             begin = (launched.last_start() or 0) if number else 0
             launched.wait_step(begin + shuffle.randint(2, 18))
+            wait_for((run / "checkpoints" / "latest").exists, 60, what="a checkpoint")
             ranks = launched.ranks()
             theirs = set(ranks.values()) | same_ray(ranks[0])  # their Ray, where it isn't a cluster's
             at_work = shared_cluster.at_work() if on_cluster else []
