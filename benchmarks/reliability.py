@@ -3,6 +3,7 @@
     python benchmarks/reliability.py                     # `make chaos`: every row, at most 45 minutes on two cores
     python benchmarks/reliability.py --scale full        # `make chaos-full`: all seeds, the long soak, plain Ray Train
     python benchmarks/reliability.py --only soak         # rows whose fault holds this; prints, and writes nothing
+    python benchmarks/reliability.py --again soak head   # these rows anew, into the results file, with their own commit
     python benchmarks/reliability.py --peer ray-train    # only plain Ray Train under the same faults
     python benchmarks/reliability.py --table             # the table anew, from the results file
 
@@ -285,8 +286,17 @@ def judge(row: Row, tests: list[dict[str, Any]], records: list[dict[str, Any]]) 
         "gate": row.gate,
         "verdict": verdict,
         "failed": failed,
+        "records": figures,
         "skipped": [test for test in own if test["outcome"] == "skipped"],
     }
+
+
+def renewed(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The results with some rows measured anew; each row says at which commit."""
+    rows = {row["fault"]: row for row in new["rows"]}
+    tests = {test["test"]: test for test in [*before["tests"], *new["tests"]]}
+    whole = [rows.get(row["fault"], row) for row in before["rows"]]
+    return before | {"rows": whole, "tests": list(tests.values())}
 
 
 def table(content: dict[str, Any]) -> str:
@@ -300,6 +310,13 @@ def table(content: dict[str, Any]) -> str:
         f"Measured in {content['seconds'] / 60:.0f} minutes on {where['cores']} cores ({where['cpu']}, "
         f"{where['memory_gib']} GiB), commit {where['commit']}, torch {where['versions']['torch']}, deepspeed "
         f"{where['versions']['deepspeed']}, ray {where['versions']['ray']}; load before {where['load_before'][0]:.1f}.",
+    ]
+    again: dict[str, list[str]] = {}
+    for row in content["rows"]:
+        if row["setting"]["commit"] != where["commit"]:
+            again.setdefault(row["setting"]["commit"], []).append(row["fault"].split(",")[0].split(";")[0])
+    lines += [
+        f"\nMeasured again at commit {commit}: {'; '.join(faults)}." for commit, faults in again.items()
     ]
     if content.get("peer"):
         lines += [
@@ -332,6 +349,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--scale", choices=("ci", "standard", "full"), default="standard")
     parser.add_argument("--only", metavar="TEXT", help="rows whose fault holds this; writes nothing")
+    parser.add_argument(
+        "--again", metavar="TEXT", nargs="+", help="rows whose fault holds one of these, anew"
+    )
     parser.add_argument("--peer", choices=("ray-train",), help="only this, into the results file")
     parser.add_argument("--table", action="store_true", help="the table anew from the results file")
     args = parser.parse_args()
@@ -342,17 +362,19 @@ def main() -> int:
         if args.peer:
             content["peer"] = run_peer()
     else:
-        rows = [row for row in ROWS if args.only is None or args.only in row.fault]
+        wanted = args.again or ([args.only] if args.only else [""])
+        rows = [row for row in ROWS if any(text in row.fault for text in wanted)]
         where, begin = setting(), time.monotonic()
         tests, records = run_tests(rows, args.scale)
         content = {
             "setting": where,
             "scale": args.scale,
             "seconds": time.monotonic() - begin,
-            "rows": [judge(row, tests, records) for row in rows],
+            "rows": [judge(row, tests, records) | {"setting": where} for row in rows],
             "tests": tests,
-            "records": records,
         }
+        if args.again:
+            content = renewed(json.loads(path.read_text()), content)
         if args.scale == "full" and args.only is None:
             content["peer"] = run_peer()
     text = table(content)

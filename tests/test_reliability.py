@@ -49,6 +49,22 @@ def test_what_was_recorded_stands_in_its_row_alone() -> None:
     assert "lost steps 4 (at most 9)" in kills
 
 
+def test_rows_measured_again_say_so() -> None:
+    def content(commit: str, rows: list[reliability.Row]) -> dict[str, object]:
+        where = {"commit": commit, "cores": 2, "cpu": "a cpu", "memory_gib": 8, "load_before": [0.5]}
+        where["versions"] = {"torch": "2", "deepspeed": "0", "ray": "2"}
+        tests = outcomes(REPORT)
+        judged = [judge(row, tests, []) | {"setting": where} for row in rows]
+        return {"setting": where, "seconds": 60.0, "rows": judged, "tests": tests}
+
+    before, new = content("aaa", ROWS), content("bbb", ROWS[:1])
+    whole = reliability.renewed(before, new)
+    assert [row["setting"]["commit"] for row in whole["rows"]] == ["bbb"] + ["aaa"] * (len(ROWS) - 1)
+    assert whole["tests"] == before["tests"]
+    assert "Measured again at commit bbb: kill -9 of a random rank." in reliability.table(whole)
+    assert "Measured again" not in reliability.table(before)
+
+
 def test_the_table_goes_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{reliability.BEGIN}\nold\n{reliability.END}\nafter\n")
