@@ -49,6 +49,15 @@ def test_what_was_recorded_stands_in_its_row_alone() -> None:
     assert "lost steps 4 (at most 9)" in kills
 
 
+@pytest.mark.parametrize(("goodput", "verdict"), [(0.61, "met"), (0.59, "missed")])
+def test_a_gate_that_is_missed_is_not_met(goodput: float, verdict: str) -> None:
+    figures = {"faults": [{}], "wall_s": 100.0, "goodput": goodput}
+    judged = [judge(row, outcomes(REPORT), [{"row": "soak", "figures": figures}]) for row in ROWS]
+    [row] = [row for row in judged if row["fault"].startswith("soak")]
+    assert row["verdict"] == verdict
+    assert f"goodput {goodput:.0%}" in row["measured"]
+
+
 def test_rows_measured_again_say_so() -> None:
     def content(commit: str, rows: list[reliability.Row]) -> dict[str, object]:
         where = {"commit": commit, "cores": 2, "cpu": "a cpu", "memory_gib": 8, "load_before": [0.5]}
