@@ -270,7 +270,7 @@ def outcomes(report: str) -> list[dict[str, Any]]:
 
 
 def judge(row: Row, tests: list[dict[str, Any]], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row with what was measured and whether it holds: met, missed (tests pass, the gate isn't met), failed, not run."""
+    """A row with what was measured and whether it holds: met, failed, not run, or missed: only the gate isn't met."""
     own = [test for test in tests if re.match(f"(?:{row.tests})", test["test"])]
     figures = [entry["figures"] for entry in records if re.match(f"(?:{row.records})", entry["row"])]
     ran = [test for test in own if test["outcome"] != "skipped"]
