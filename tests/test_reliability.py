@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -83,6 +84,18 @@ def test_the_table_goes_between_its_marks(tmp_path: Path, monkeypatch: pytest.Mo
     page.write_text("no marks")
     with pytest.raises(SystemExit):
         reliability.update_page("| new |")
+
+
+def test_every_row_finds_what_its_tests_record() -> None:
+    texts = [path.read_text() for path in Path(__file__).parent.rglob("test_*.py")]
+    names = {name for text in texts for name in re.findall(r'\brecord\(\s*f?"([^"]+)"', text)}
+    names |= {name for text in texts for name in re.findall(r'^ROW = "([^"]+)"', text, re.MULTILINE)}
+    names = {name.replace("{how}", "SIGTERM") for name in names}
+    silent = {row.fault for row in ROWS if not any(re.match(f"(?:{row.records})", name) for name in names)}
+    assert {fault.split(",")[0] for fault in silent} == {
+        "a byte flipped",
+        "NaN on one rank",
+    }  # counted by tests
 
 
 def test_every_row_names_a_test_file_of_its_own() -> None:

@@ -98,7 +98,7 @@ def test_a_kill_in_any_phase_of_a_save_leaves_no_torn_checkpoint(
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["latest", "step-00000006", "step-00000008"]  # and nothing that was left lying
     assert [verify(path).step for path in complete(folder / "checkpoints")] == [6, 8]
-    record("kill -9 inside a save", phase=phase, resumed_at=saved, torn_loaded=0)
+    record("kill -9 inside a save", phase=phase, resumed_at=saved)
 
 
 # -------------------------------------------------------------------------------------------------- full disks
@@ -182,4 +182,9 @@ def test_a_full_disk_fails_saves_and_ends_nothing_until_three_have_failed(
     assert first["left"] == ["latest", "step-00000001", "step-00000002"]
     messages = [event["text"] for event in first["told"] if event["event"] == "message"]
     assert [text[-16:] for text in messages] == [f"(failure {n} of 3)" for n in (1, 2, 3)]
-    record("disk full", failed_saves=3, good_lost=0, known="before" if warned else "while writing")
+    record(
+        "disk full",
+        failed_saves=len(messages),
+        good_lost=len({1, 2}.difference(first["good"])),
+        known="before" if warned else "while writing",
+    )

@@ -45,7 +45,7 @@ def test_sigterm_to_a_rank_on_one_machine(scene_shards: Path, tmp_path: Path) ->
     assert code == 0, told
     assert f"resumed at step {at} " in told
     assert_exact(second.run, reference(scene_shards, steps=STEPS, world_size=2))
-    record("SIGTERM to a rank, nowhere else to go", steps_replayed=0)
+    record("SIGTERM to a rank, nowhere else to go", steps_replayed=replayed(second.run))
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "drain"])
@@ -92,6 +92,6 @@ def test_a_rank_moves_to_another_node(
     steps = [line["step"] for line in read_json_lines(launched.run / "metrics.jsonl")]
     assert steps == list(range(1, STEPS + 1))
     assert_exact(launched.run, reference(scene_shards, "train.save_every=1000", steps=STEPS, world_size=2))
-    record(f"{how}: a rank moves to another node", seconds=seconds, steps_replayed=0)
+    record(f"{how}: a rank moves to another node", seconds=seconds, steps_replayed=replayed(launched.run))
     if how == "drain":  # it takes no more work, so a fresh one takes its place
         shared_cluster.remove_node(node)
