@@ -7,7 +7,7 @@
     python benchmarks/reliability.py --peer ray-train    # only plain Ray Train under the same faults
     python benchmarks/reliability.py --table             # the table anew, from the results file
 
-Writes benchmarks/results/reliability-SCALE.json. The faults are in the tests themselves (tests/chaos, and some of
+Writes benchmarks/results/reliability-SCALE.json, and the page from the standard scale. The faults are in the tests themselves (tests/chaos, and some of
 tests/distributed): a test that fails makes its row fail, whatever was measured, and the tests note figures by
 `harness.record`. So a row can't say more than a test has asserted. Exit code 1 if a row fails.
 
@@ -304,7 +304,7 @@ def renewed(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The results with some rows measured anew; each row says at which commit."""
     rows = {row["fault"]: row for row in new["rows"]}
     tests = {test["test"]: test for test in [*before["tests"], *new["tests"]]}
-    whole = [rows.get(row["fault"], row) for row in before["rows"]]
+    whole = [rows.pop(row["fault"], row) for row in before["rows"]] + list(rows.values())
     return before | {"rows": whole, "tests": list(tests.values())}
 
 
@@ -382,7 +382,7 @@ def main() -> int:
             "rows": [judge(row, tests, records) | {"setting": where} for row in rows],
             "tests": tests,
         }
-        if args.again:
+        if args.again and path.exists():
             content = renewed(json.loads(path.read_text()), content)
         if args.scale == "full" and args.only is None:
             content["peer"] = run_peer()
@@ -390,7 +390,8 @@ def main() -> int:
     print(text)
     if args.only is None:
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        update_page(text)
+        if args.scale == "standard":  # what everyone can run
+            update_page(text)
     return int(any(row["verdict"] == "failed" for row in content["rows"]))
 
 
