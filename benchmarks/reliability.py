@@ -8,8 +8,9 @@
     python benchmarks/reliability.py --table             # the table anew, from the results file
 
 Writes benchmarks/results/reliability-SCALE.json, and the page from the standard scale. The faults are in the tests
-themselves (tests/chaos, and some of tests/distributed): a test that fails makes its row fail, whatever was measured, and
-the tests note figures by `harness.record`. So a row can't say more than a test has asserted. Exit code 1 if a row fails.
+themselves (tests/chaos, and some of tests/distributed): a test that fails makes its row fail, whatever was measured,
+and the tests note figures by `harness.record`. So a row can't say more than a test has asserted. Exit code 1 if a row
+fails.
 
 Times depend on the machine; those that the table compares with a gate are stated beyond the start of plain processes on
 the same machine, in the same run. Run it on a machine that does nothing else: the load before is in the results.
