@@ -37,6 +37,9 @@ def worker(options: dict[str, Any]) -> None:
 
     os.environ["MMSCALE_HEARTBEAT"] = f"{options['folder']}/beat-{os.environ['RANK']}"
     os.environ["DS_ACCELERATOR"] = "cpu"
+    if os.environ["RANK"] == "0":
+        with Path(options["folder"], "attempts").open("a") as file:
+            file.write("begun\n")
     if options["bug"]:
         from user_code import with_a_bug as train
     else:
@@ -99,9 +102,8 @@ class Trained:
         return beat.pid
 
     def starts(self) -> int:
-        log = self.run / "logs" / "rank-0.log"
-        text = log.read_text() if log.exists() else ""
-        return text.count("resumed at step") + text.count("M parameters, ZeRO-")
+        path = self.folder / "attempts"
+        return len(path.read_text().splitlines()) if path.exists() else 0
 
     def wait(self, condition: Callable[[], object], timeout: float) -> bool:
         deadline = time.monotonic() + timeout
@@ -148,11 +150,17 @@ def disturb(fault: str, shards: Path, expected: harness.Trace) -> dict[str, Any]
                 nodes.remove_node(nodes.node_of(pid))
             else:
                 os.kill(pid, signal.SIGSTOP if fault == "sleep" else signal.SIGKILL)
-            begin, done = time.monotonic(), harness.last_step(trained.run)
+            begin, done = time.monotonic(), [harness.last_step(trained.run)]
             limit = ASLEEP_S if fault == "sleep" else PATIENCE_S
-            first = trained.wait(
-                lambda: metrics.stat().st_ino != mark and harness.last_step(trained.run) % 10 >= 1, limit
-            )
+
+            def goes_on() -> bool:
+                step = harness.last_step(trained.run)
+                if metrics.stat().st_ino == mark:  # a fault may take a moment to arrive
+                    done.append(step)
+                    return False
+                return step % 10 >= 1
+
+            first = trained.wait(goes_on, limit)
             seconds, at = time.monotonic() - begin, harness.last_step(trained.run)
             names = {"kill": "kill -9 of a rank", "node": "a node lost", "sleep": "a rank stopped (SIGSTOP)"}
             if not first:
@@ -160,7 +168,7 @@ def disturb(fault: str, shards: Path, expected: harness.Trace) -> dict[str, Any]
                 return {"fault": names[fault], "seconds": None, "text": f"not noticed within {limit:.0f} s"}
             trained.wait(lambda: trained.process.poll() is not None, PATIENCE_S)
             exact = harness.trace(trained.run) == expected
-            lost = done - (at - 1)
+            lost = max(done) - (at - 1)
             return {
                 "fault": names[fault],
                 "seconds": seconds,
