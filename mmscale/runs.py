@@ -322,14 +322,25 @@ def _lock(folder: Path) -> TextIO:
 class StopRequest:
     """Whether this rank has been told to save and stop: by SIGTERM, or by a file in the run's folder.
 
-    Signals reach us until `close`, and only in the main thread. on_signal: called in the handler.
+    Signals reach us until `close`, and only in the main thread. on_signal: called in the handler. Python drops a
+    KeyboardInterrupt that is raised where nothing can be, as in a callback of the collector or of an import: so an
+    interrupt is remembered, and raised again by the next look at `by_signal`.
     """
 
     def __init__(self, on_signal: Callable[[], None] = lambda: None) -> None:
-        self.by_signal, self._before, self._on_signal = False, None, on_signal
+        self._requested, self._interrupted, self._on_signal = False, False, on_signal
+        self._before: dict[int, Any] = {}
         self._looked_s, self._by_file = float("-inf"), False
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._request)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+
+    @property
+    def by_signal(self) -> bool:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        return self._requested
 
     def by_file(self, folder: Path) -> bool:
         """Looks into the run's folder, once a second at most."""
@@ -339,12 +350,16 @@ class StopRequest:
         return self._by_file
 
     def close(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
-        self.by_signal = True
+        self._requested = True
         self._on_signal()
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
 
 
 def _keys_file(folder: Path, rank: int | str) -> Path:

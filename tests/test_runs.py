@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,21 @@ def test_a_signal_is_noticed_and_handlers_are_given_back() -> None:
     assert called == [1]
     stop.close()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_was_dropped_comes_again() -> None:
+    class Dropping:
+        def __del__(self) -> None:  # what is raised here, Python reports and forgets
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    before = signal.getsignal(signal.SIGINT)
+    stop = StopRequest()
+    try:
+        Dropping()
+        with pytest.raises(KeyboardInterrupt):
+            assert not stop.by_signal
+    finally:
+        stop.close()
+    assert signal.getsignal(signal.SIGINT) is before
