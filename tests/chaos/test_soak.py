@@ -19,7 +19,7 @@ EVERY_S = 30.0  # between faults
 GOODPUT = 0.45 if SCALE == "ci" else 0.6  # the gate; a third of the short form is its start-up
 # CI has no time for a hang, which takes 15 s to be one; tests/chaos/test_hangs.py has that.
 STEPS, KINDS = (
-    (100, ["kill", "term", "remove", "add"])
+    (150, ["kill", "term", "remove", "add"])
     if SCALE == "ci"
     else (200, ["kill", "stop", "term", "remove", "add"])
 )
